@@ -1,0 +1,101 @@
+"""The op's boundary: each error names the argument, what was expected and what came."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from synco_fast.ops.hard import HardNegatives
+
+DEBUG = os.environ.get("SYNCO_FAST_DEBUG") == "1"
+"""Also look at values: rows that are NaN or not of unit length are refused. It reads the device at every call."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# float16 and bfloat16 unit rows are off by up to 3e-4 and 2.6e-3 in their squared length; twice that is an error.
+_UNIT_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-3, torch.float64: 1e-3}
+
+
+def tensors(
+    q: Tensor, k: Tensor, queue: Tensor, hard: HardNegatives, labels: Tensor | None, queue_labels: Tensor | None
+) -> None:
+    """Refuse shapes, dtypes and devices that do not fit."""
+    for name, tensor in (("q", q), ("k", k), ("queue", queue)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions (rows, D), got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.shape[0] == 0:
+            raise ValueError(f"{name} has no rows")
+        _same_device(name, tensor, q)
+    if k.shape != q.shape:
+        raise ValueError(f"k must have q's shape {tuple(q.shape)}, got {tuple(k.shape)}")
+    if queue.shape[1] != q.shape[1]:
+        raise ValueError(f"queue must have q's {q.shape[1]} columns, got shape {tuple(queue.shape)}")
+    if hard.n_hard > len(queue):
+        raise ValueError(f"n_hard must be at most the queue's {len(queue)} rows, got {hard.n_hard}")
+    if (labels is None) != (queue_labels is None):
+        raise ValueError("labels and queue_labels go together: got one without the other")
+    if labels is not None and queue_labels is not None:
+        _label_vector("labels", labels, q)
+        _label_vector("queue_labels", queue_labels, queue)
+    if DEBUG:
+        for name, tensor in (("q", q), ("k", k), ("queue", queue)):
+            _unit_rows(name, tensor)
+
+
+def arguments(temperature: float, seed: int, row_offset: int) -> None:
+    """Refuse scalars outside their range."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
+    if not 0 <= row_offset < 2**32:
+        raise ValueError(f"row_offset must lie in [0, 2^32), got {row_offset}")
+
+
+def step_tensor(step: int | Tensor, q: Tensor) -> Tensor:
+    """The step as an int64 scalar tensor on q's device."""
+    if not isinstance(step, Tensor):
+        return torch.full((), step, dtype=torch.int64, device=q.device)
+    if step.dtype != torch.int64 or step.numel() != 1:
+        raise TypeError(f"step must be an int or an int64 scalar tensor, got {step.dtype} {tuple(step.shape)}")
+    _same_device("step", step, q)
+    return step.reshape(())
+
+
+def enqueue(queue: Tensor, pointer: Tensor, k: Tensor) -> None:
+    """Refuse an enqueue that does not fit."""
+    if k.dim() != 2 or queue.dim() != 2 or k.shape[1] != queue.shape[1]:
+        raise ValueError(
+            f"k must have shape (B, D) with the queue's D; got k {tuple(k.shape)}, queue {tuple(queue.shape)}"
+        )
+    if len(k) > len(queue):
+        raise ValueError(f"k must have at most the queue's {len(queue)} rows, got {len(k)}")
+    if pointer.dtype != torch.int64 or pointer.numel() != 1:
+        raise TypeError(
+            f"pointer must be an int64 scalar tensor, got {pointer.dtype} {tuple(pointer.shape)}"
+        )
+    _same_device("pointer", pointer, queue)
+    _same_device("k", k, queue)
+
+
+def _same_device(name: str, tensor: Tensor, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other.device}, got {tensor.device}")
+
+
+def _label_vector(name: str, labels: Tensor, rows: Tensor) -> None:
+    if labels.dtype != torch.int64 or labels.shape != rows.shape[:1]:
+        raise ValueError(
+            f"{name} must be int64 of shape ({len(rows)},), got {labels.dtype} {tuple(labels.shape)}"
+        )
+    _same_device(name, labels, rows)
+
+
+def _unit_rows(name: str, tensor: Tensor) -> None:
+    off = (tensor.detach().double().square().sum(dim=1) - 1).abs()
+    bad = ~(off <= 2 * _UNIT_TOLERANCE[tensor.dtype])
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        length = float(tensor[row].detach().double().norm())
+        raise ValueError(f"{name} must have unit rows: row {row} has length {length:.6g}")
