@@ -1,0 +1,284 @@
+"""The whole configuration: one strict, typed schema. YAML in, `a.b=c` overrides on top, a resolved copy out.
+
+Nothing is built from a configuration that did not pass `load`: unknown keys, wrong types and combinations that cannot
+work are refused together, each by its path. What depends on the number of processes is checked by `check_processes`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from synco_fast import config_text
+from synco_fast.errors import UserError
+from synco_fast.ops import KINDS, HardNegatives
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(Section):
+    """What is read, and how views are made."""
+
+    root: str | None = Field(None, description="folder of images (train/<class>/*, <class>/* or flat) or a file list")
+    batch_size: Positive = Field(256, description="images of one optimizer step, over all processes")
+    recipe: Literal["moco_v2", "moco_v1"] = Field("moco_v2", description="augmentations")
+    image_size: Annotated[int, Field(ge=16)] = Field(224, description="side of a view in pixels")
+    eval_resize: Annotated[int, Field(ge=16)] = Field(256, description="shorter side before the evaluation's centre crop")
+    dtype: Literal["fp32", "fp16"] = Field("fp32", description="dtype in which the pipeline hands over images")
+    threads: Positive = Field(4, description="CPU threads of the pipeline of each process")
+    prefetch: Positive = Field(2, description="batches prepared ahead")
+
+
+class Model(Section):
+    """The two encoders."""
+
+    arch: str = Field("resnet50", description="a torchvision ResNet, ResNeXt or Wide ResNet by name")
+    stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3 stride 1, no max-pool")
+    dim: Annotated[int, Field(ge=2)] = Field(128, description="dimension D of queries and keys")
+    mlp: bool = Field(True, description="2-layer MLP head (MoCo v2); false: one linear layer (MoCo v1)")
+    momentum: Share = Field(0.999, description="of the key encoder")
+
+
+class BatchNorm(Section):
+    """Over which samples batch norm takes its statistics, so that a key cannot give away its query."""
+
+    mode: Literal["plain", "split", "sync", "shuffle"] = Field(
+        "split",
+        description="split: virtual groups with shuffled keys; shuffle: keys shuffled over processes; "
+        "sync: over all processes; plain: each process as it is (leaks on one process)",
+    )
+    group_size: Annotated[int, Field(ge=2)] = Field(32, description="samples of one group in mode split")
+
+
+class Queue(Section):
+    """The dictionary of past keys."""
+
+    size: Positive = Field(65536, description="rows K")
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="dtype of the rows; similarities use it too")
+
+
+class Loss(Section):
+    """InfoNCE."""
+
+    temperature: AboveZero = Field(0.2, description="temperature t")
+    backend: Literal["auto", "reference", "eager", "cpu", "triton", "cuda"] = Field(
+        "auto", description="backend of the op; a named one works or raises"
+    )
+
+
+class Negatives(Section):
+    """The fields of `HardNegatives`, whose defaults the method sets, and when they start."""
+
+    n_hard: Count = Field(1024, description="hardest queue rows N that parents are drawn from")
+    interpolated: Count = Field(256, description="vectors a q + (1 - a) n")
+    extrapolated: Count = Field(256, description="vectors q + b (n - q)")
+    mixed: Count = Field(256, description="vectors g n_i + (1 - g) n_j")
+    noisy: Count = Field(64, description="vectors n + sigma e")
+    perturbed: Count = Field(64, description="vectors n + delta q")
+    adversarial: Count = Field(64, description="vectors n + eta sign(q)")
+    alpha_max: float = Field(0.5, description="a ~ U(0, alpha_max)")
+    beta_max: float = Field(1.5, description="b ~ U(1, beta_max)")
+    gamma_max: float = Field(1.0, description="g ~ U(0, gamma_max)")
+    sigma: float = Field(0.01, description="noise of the noisy kind")
+    delta: float = Field(0.01, description="step of the perturbed kind")
+    eta: float = Field(0.01, description="step of the adversarial kind")
+    extrapolate_from: Literal["query", "negative"] = Field(
+        "query", description="query: the released code's form; negative: the paper's n + b (n - q)"
+    )
+    warmup_epochs: Count = Field(10, description="epochs without synthetic negatives at the start")
+
+    def hard(self) -> HardNegatives:
+        """The op's description of them."""
+        return HardNegatives(**self.model_dump(exclude={"warmup_epochs"}))
+
+
+class Optim(Section):
+    """Optimizer and learning rate."""
+
+    name: Literal["sgd", "lars"] = Field("sgd", description="optimizer")
+    lr: AboveZero = Field(0.03, description="base learning rate, used as it is: no scaling with the batch")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of the optimizer")
+    weight_decay: NonNegative = Field(1e-4, description="weight decay")
+    trust: AboveZero = Field(0.001, description="trust coefficient of LARS")
+    schedule: Literal["cosine", "step"] = Field("cosine", description="learning rate over the epochs")
+    update: Literal["epoch", "step"] = Field("epoch", description="when the schedule moves (published rows: epoch)")
+    milestones: list[Positive] = Field([120, 160], description="epochs at which schedule step decays")
+    decay: AboveZero = Field(0.1, description="factor at each milestone")
+    warmup_epochs: Count = Field(0, description="epochs of linear warm-up of the learning rate")
+    clip_norm: AboveZero | None = Field(None, description="largest gradient norm; null: no clipping")
+
+
+class Trainer(Section):
+    """How long, on what, and what is reported."""
+
+    epochs: Positive = Field(200, description="epochs, to which the schedule refers")
+    max_steps: Positive | None = Field(None, description="stop after this many steps in all; null: after the epochs")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: the encoders run under autocast")
+    accumulate: Positive = Field(1, description="micro-batches of one optimizer step")
+    log_every: Positive = Field(50, description="steps between log rows; the host waits for the device only there")
+
+
+class Checkpoint(Section):
+    """When state is written. `latest.pt` is always replaced; an interrupted run writes one too."""
+
+    every_steps: Positive | None = Field(None, description="steps between checkpoints; null: at epoch ends only")
+    every_epochs: Positive = Field(1, description="epochs between checkpoints")
+    keep_every: Positive = Field(20, description="epochs between the checkpoints that are kept for good")
+
+
+class Knn(Section):
+    """Weighted k-nearest-neighbour accuracy on the held-out folder (val/ or test/)."""
+
+    every_epochs: Count = Field(0, description="epochs between evaluations; 0: never")
+    k: Positive = Field(200, description="neighbours that vote")
+    temperature: AboveZero = Field(0.07, description="of the votes' weights")
+
+
+class Config(Section):
+    """A pretraining run."""
+
+    method: Literal["moco", "mochi", "synco"] = Field("synco", description="sets the defaults of negatives")
+    output: str = Field("runs/pretrain", description="folder of the run")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, order, views and negatives")
+    data: Data = Data()
+    model: Model = Model()
+    bn: BatchNorm = BatchNorm()
+    queue: Queue = Queue()
+    loss: Loss = Loss()
+    negatives: Negatives = Negatives()
+    optim: Optim = Optim()
+    trainer: Trainer = Trainer()
+    checkpoint: Checkpoint = Checkpoint()
+    knn: Knn = Knn()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every key written out."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+PRESETS = {"moco": HardNegatives.none(), "mochi": HardNegatives.mochi(), "synco": HardNegatives.synco()}
+_METHOD_KINDS = {"moco": (), "mochi": ("interpolated", "mixed"), "synco": KINDS}
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides in order, check everything.
+
+    Raises:
+        UserError: naming each key that is wrong, its value, what is allowed, and the nearest key.
+    """
+    values = config_text.read_yaml(path)
+    for override in overrides or []:
+        config_text.apply_override(values, override)
+    return parse(values, str(path))
+
+
+def parse(values: dict[str, Any], source: str) -> Config:
+    """Check plain values against the schema and against each other. `source` names them in errors."""
+    preset = PRESETS.get(str(values.get("method", "synco")))
+    given = values.get("negatives", {})
+    if preset is not None and isinstance(given, dict):
+        defaults = {key: getattr(preset, key) for key in Negatives.model_fields if key != "warmup_epochs"}
+        values = {**values, "negatives": {**defaults, **given}}
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems = [config_text.describe(item, key_paths()) for item in error.errors()]
+    else:
+        problems = _conflicts(config)
+        if not problems:
+            return config
+    raise UserError("\n  ".join([f"{source}: the configuration cannot be used", *problems]))
+
+
+def key_paths() -> dict[str, str]:
+    """Every key's dotted path with its description."""
+    paths = {}
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            for key, inner in field.annotation.model_fields.items():
+                paths[f"{name}.{key}"] = inner.description or ""
+        else:
+            paths[name] = field.description or ""
+    return paths
+
+
+def _conflicts(config: Config) -> list[str]:
+    """Combinations that cannot work, whatever the number of processes."""
+    data, queue, negatives = config.data, config.queue, config.negatives
+    problems = []
+    for kind in KINDS:
+        count = getattr(negatives, kind)
+        if count and kind not in _METHOD_KINDS[config.method]:
+            problems.append(
+                f"negatives.{kind} = {count}: method {config.method} makes no {kind} negatives; "
+                f"set it to 0, or method to synco"
+            )
+    if problems:
+        return problems
+    try:
+        hard = negatives.hard()
+    except ValueError as error:
+        return [f"negatives.{error}"]
+    if config.method != "moco" and not hard.total:
+        problems.append(
+            f"negatives: method {config.method} needs at least one synthetic negative; set method to moco to have none"
+        )
+    if hard.n_hard > queue.size:
+        problems.append(f"negatives.n_hard = {hard.n_hard}: must be at most queue.size = {queue.size}")
+    if queue.size % data.batch_size:
+        problems.append(f"queue.size = {queue.size}: must be a multiple of data.batch_size = {data.batch_size}")
+    if data.batch_size % config.trainer.accumulate:
+        problems.append(
+            f"trainer.accumulate = {config.trainer.accumulate}: must divide data.batch_size = {data.batch_size}"
+        )
+    if data.eval_resize < data.image_size:
+        problems.append(f"data.eval_resize = {data.eval_resize}: must be at least data.image_size = {data.image_size}")
+    if config.optim.milestones != sorted(set(config.optim.milestones)):
+        problems.append(f"optim.milestones = {config.optim.milestones}: must ascend without repeats")
+    if config.optim.warmup_epochs >= config.trainer.epochs:
+        problems.append(
+            f"optim.warmup_epochs = {config.optim.warmup_epochs}: must be below trainer.epochs = {config.trainer.epochs}"
+        )
+    return problems or _group_conflicts(config, processes=1)
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Refuse what cannot work with this number of processes.
+
+    Raises:
+        UserError: the batch does not divide, or batch norm would leak or cannot do what its mode says.
+    """
+    problems = []
+    if config.data.batch_size % (processes * config.trainer.accumulate):
+        problems = [
+            f"data.batch_size = {config.data.batch_size}: must be a multiple of {processes} processes x "
+            f"trainer.accumulate = {config.trainer.accumulate}"
+        ]
+    elif config.bn.mode == "shuffle" and processes == 1:
+        problems = ["bn.mode = shuffle: needs 2 or more processes; use split on one"]
+    problems = problems or _group_conflicts(config, processes)
+    if problems:
+        raise UserError("\n  ".join([f"the configuration cannot be used with {processes} processes", *problems]))
+
+
+def _group_conflicts(config: Config, processes: int) -> list[str]:
+    """Mode split must have whole groups, and 2 or more of them: with one, the keys have nowhere to be shuffled to."""
+    samples = config.data.batch_size // (processes * config.trainer.accumulate)
+    groups, rest = divmod(samples, config.bn.group_size)
+    if config.bn.mode != "split" or (groups >= 2 and not rest):
+        return []
+    return [
+        f"bn.group_size = {config.bn.group_size}: a process's {samples} samples must divide into 2 or more whole groups; "
+        f"choose a divisor of {samples}"
+        + (", or bn.mode = shuffle" if processes > 1 else ", or a larger data.batch_size")
+    ]

@@ -1,0 +1,101 @@
+"""Configuration as text: reading YAML, applying overrides, and saying what is wrong with a key."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from synco_fast.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of nested keys.
+
+    Raises:
+        UserError: it is not there, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the configuration is not text in UTF-8") from error
+    values = _parse(text, str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
+    return values
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Apply `a.b=c` in place; c is read as YAML. The schema judges the key afterwards."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set optim.lr=0.06")
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override}: {key} is a value ({inner!r}), not a section")
+        values = inner
+    values[keys[-1]] = _parse(text, f"--set {override}")
+
+
+def describe(item: Any, paths: dict[str, str]) -> str:
+    """One of pydantic's errors as a line: the key's path, its value, what is allowed, the nearest key."""
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{path} = {_shorten(item['input'])}: no such key{_nearest(path, paths)}"
+    if item["type"] == "model_type":
+        return f"{path} = {_shorten(item['input'])}: expected a section of keys"
+    expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    meaning = f" ({paths[path]})" if paths.get(path) else ""
+    return f"{path} = {_shorten(item['input'])}: expected {expected}{meaning}"
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{source}: not valid YAML: {problem}{where}") from error
+
+
+def _nearest(path: str, paths: dict[str, str]) -> str:
+    """The valid key that looks most like this one: by its whole path, or by its last part."""
+    sections = {name.partition(".")[0] for name in paths}
+    matches = difflib.get_close_matches(path, [*paths, *sections], n=1, cutoff=0.7)
+    if not matches:
+        by_name = {name.rpartition(".")[2]: name for name in paths}
+        matches = [by_name[m] for m in difflib.get_close_matches(path.rpartition(".")[2], by_name, n=1)]
+    return f"; did you mean {matches[0]}?" if matches else "; see synco-fast pretrain --help"
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
