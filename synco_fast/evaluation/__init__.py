@@ -1,0 +1,1 @@
+"""What pretraining is worth: evaluations of frozen features."""

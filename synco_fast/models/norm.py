@@ -1,0 +1,74 @@
+"""Batch norm over which samples: the choice that keeps a key from giving away its query.
+
+A query and its key that share batch statistics can be matched through them (MoCo, arXiv 1911.05722, section 3.3).
+MoCo shuffles the keys over processes. On one process the same is had by splitting the batch into virtual groups
+(`SplitBatchNorm2d`) and shuffling the keys over those.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synco_fast.errors import UserError
+from synco_fast.ops.philox import philox
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose training statistics are those of groups of `group_size` neighbouring samples.
+
+    The running statistics take one step of the layer's momentum for each batch, shared out over its groups.
+    In evaluation it is plain batch norm.
+    """
+
+    def __init__(self, num_features: int, group_size: int) -> None:
+        super().__init__(num_features)
+        self.group_size = group_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(images)
+        # Slices of the batch keep the memory format, which folding groups into channels would not.
+        groups = images.split(self.group_size)
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 - (1 - self.momentum) ** (1 / len(groups))
+        return torch.cat(
+            [
+                F.batch_norm(
+                    group, self.running_mean, self.running_var, self.weight, self.bias, True, share, self.eps
+                )
+                for group in groups
+            ]
+        )
+
+
+def use_split_batch_norm(module: nn.Module, group_size: int) -> None:
+    """Replace every BatchNorm2d in place; parameters start as they were."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            split = SplitBatchNorm2d(child.num_features, group_size)
+            split.load_state_dict(child.state_dict())
+            setattr(module, name, split)
+        else:
+            use_split_batch_norm(child, group_size)
+
+
+def use_sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with batch norm over all processes.
+
+    Raises:
+        UserError: torch's SyncBatchNorm runs on GPUs only.
+    """
+    if device.type != "cuda":
+        raise UserError(f"bn.mode = sync: torch's SyncBatchNorm needs GPUs, and this run is on {device.type}")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+def key_permutation(samples: int, seed: int, step: Tensor, row: int) -> Tensor:
+    """A random permutation (samples,) int64 as a function of (seed, step, row), made on the step's device.
+
+    `row` is the global row of the first sample, which tells micro-batches and processes apart.
+    """
+    # The third counter word sets these draws apart from the op's, whose kinds are below 6.
+    words = philox(seed, torch.arange(samples, device=step.device), row, 0xFF, step)
+    return torch.argsort((words[0] << 31) ^ words[1], stable=True)
