@@ -1,0 +1,86 @@
+"""The processes of a run, as torchrun started them."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from synco_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of them.
+
+    Attributes:
+        rank: global rank. world_size: number of processes. device: where this one computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` to this process's device.
+
+    Raises:
+        UserError: cuda was asked for and there is none, or not one for each process.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("trainer.device = cuda: PyTorch sees no CUDA device; `synco-fast doctor` says why")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"trainer.device = {wanted}: local process {local_rank} has no GPU of its own, this machine has "
+            f"{torch.cuda.device_count()}; start as many processes as GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def start(device: torch.device) -> Processes:
+    """Join the process group that torchrun's environment describes; alone without one."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(0, 1, device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def reduce_mean(values: Tensor) -> Tensor:
+    """The mean over processes."""
+    return _reduced(values, dist.ReduceOp.SUM) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def reduce_max(values: Tensor) -> Tensor:
+    """The largest over processes."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values, operation)
+    return values

@@ -1,0 +1,120 @@
+"""Metrics: summed on the device, read at logging steps, written as JSON lines and for TensorBoard."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from synco_fast.engine.distributed import reduce_mean
+from synco_fast.errors import UserError
+from synco_fast.files import write_text_atomically
+from synco_fast.ops import HardNegatives, InfoNCE, stat_names
+
+
+class Meter:
+    """Means over the steps since the last reading, kept on the device.
+
+    Attributes:
+        names: loss, gradient_norm and the op's statistics; those that a step without synthetic negatives lacks are 0
+            (masses and shares, truly) or NaN (the hard set's similarity).
+    """
+
+    def __init__(self, hard: HardNegatives, device: torch.device) -> None:
+        self.names = ("loss", "gradient_norm", *stat_names(hard))
+        self._sums = torch.zeros(len(self.names), device=device)
+        self._missing = {
+            name: torch.tensor(math.nan if name == "hard_similarity" else 0.0, device=device)
+            for name in self.names
+        }
+        self._steps = 0
+
+    def values(self, results: list[InfoNCE], gradient_norm: Tensor) -> Tensor:
+        """One step's metrics (len(names),), the mean over its micro-batches."""
+        rows = [
+            torch.stack(
+                [
+                    result.loss.detach().float(),
+                    gradient_norm,
+                    *(result.stats.get(name, self._missing[name]) for name in self.names[2:]),
+                ]
+            )
+            for result in results
+        ]
+        return torch.stack(rows).mean(dim=0)
+
+    def add(self, values: Tensor) -> None:
+        self._sums += values
+        self._steps += 1
+
+    def read(self) -> dict[str, float | None]:
+        """The means over all processes since the last call. Waits for the device."""
+        means = reduce_mean(self._sums / max(self._steps, 1)).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        self._steps = 0
+        return named(self.names, means)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums.clone(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums.copy_(state["sums"])
+        self._steps = state["steps"]
+
+
+def named(names: tuple[str, ...], values: list[float]) -> dict[str, float | None]:
+    """Values by name; what is not finite becomes None, which JSON can say."""
+    return {
+        name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)
+    }
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one row at a time, and TensorBoard's event files.
+
+    Every row has `kind` (train or knn), `step` (steps done) and `epoch`. Timings stand in a field of their own,
+    `timing`: all else is the same in a run that was interrupted and resumed.
+
+    Args:
+        folder: of the run.
+        step: rows beyond it belong to work that will be done again, and are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read(self.path) if row["step"] <= step] if self.path.exists() else []
+        write_text_atomically(self.path, "".join(map(_line, kept)))
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write metrics there: {error.strerror}") from error
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(_line(row))
+        self._file.flush()
+        for name, value in {**row, **row.get("timing", {})}.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"

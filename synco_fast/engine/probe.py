@@ -1,0 +1,64 @@
+"""kNN accuracy on held-out images while training goes on."""
+
+import torch
+from torch import nn
+
+from synco_fast.config import Config
+from synco_fast.data.index import Index
+from synco_fast.data.loader import EvalLoader
+from synco_fast.engine.distributed import Processes
+from synco_fast.evaluation.features import extract
+from synco_fast.evaluation.knn import knn_accuracy
+from synco_fast.models.encoders import Encoder
+from synco_fast.models.shuffle import all_gather_rows, broadcast_buffers
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class KnnProbe:
+    """Features of the training set as the bank, held-out images as queries; both shared out over the processes."""
+
+    def __init__(self, config: Config, processes: Processes, bank: Index, held_out: Index) -> None:
+        self.config, self.processes, self.bank, self.held_out = config, processes, bank, held_out
+
+    def measure(self, encoder: nn.Module) -> dict[str, float | int]:
+        """Accuracy of the encoder's backbone, with the neighbours used. All processes call it."""
+        assert isinstance(encoder, Encoder)
+        # Each process has batch norm statistics of its own; the main one's are the model's.
+        broadcast_buffers(encoder)
+        bank, bank_labels = self._features(encoder, self.bank)
+        features, labels = self._features(encoder, self.held_out)
+        k = min(self.config.knn.k, len(bank))
+        accuracy = knn_accuracy(
+            bank, bank_labels, features, labels, k=k, temperature=self.config.knn.temperature
+        )
+        return {"accuracy": accuracy, "k": k, "bank": len(bank), "held_out": len(features)}
+
+    def _features(self, encoder: Encoder, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
+        data, processes = self.config.data, self.processes
+        loader = EvalLoader(
+            index,
+            batch_size=max(1, data.batch_size // processes.world_size),
+            image_size=data.image_size,
+            resize=data.eval_resize,
+            dtype=DTYPES[data.dtype],
+            device=processes.device,
+            threads=data.threads,
+            prefetch=data.prefetch,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        bf16 = self.config.trainer.precision == "bf16"
+        features, labels = extract(encoder.backbone, loader, device=processes.device, bf16=bf16)
+        return _gather(features, len(index), processes), _gather(labels, len(index), processes)
+
+
+def _gather(rows: torch.Tensor, total: int, processes: Processes) -> torch.Tensor:
+    """Contiguous shares of unequal length, put together in order on every process."""
+    if processes.world_size == 1:
+        return rows
+    longest = -(-total // processes.world_size)
+    sizes = all_gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = all_gather_rows(padded).split(longest)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

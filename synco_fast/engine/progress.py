@@ -1,0 +1,80 @@
+"""What a person sees of a run: a bar on a terminal, a line at each logging step elsewhere."""
+
+import sys
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Progress of the steps of a run, on standard error.
+
+    Args:
+        total: steps in all. done: steps already done. quiet: say nothing (processes other than the main one).
+    """
+
+    def __init__(self, total: int, done: int, quiet: bool) -> None:
+        self._total = total
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        if not quiet and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            self._bar = Progress(
+                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_console(), transient=False
+            )
+            self._task = self._bar.add_task("starting", total=total, completed=done)
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Show a train or knn row of the metrics."""
+        text = _text(row)
+        if self._bar is None:
+            self.say(f"step {row['step']}/{self._total} {text}")
+        elif row["kind"] == "train":
+            self._bar.update(self._task, description=text)
+        else:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _text(row: dict[str, Any]) -> str:
+    if row["kind"] == "knn":
+        return f"epoch {row['epoch']}: kNN accuracy {row['accuracy']:.1%}"
+    timing = row["timing"]
+    return (
+        f"epoch {row['epoch']} loss {_number(row['loss'], '.3f')} "
+        f"acc@1 {_number(row['acc1'], '.1%')} acc@5 {_number(row['acc5'], '.1%')} "
+        f"{timing['images_per_second']:.0f} images/s data wait {timing['data_wait']:.0%} "
+        f"ETA {_duration(timing['remaining_seconds'])}"
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

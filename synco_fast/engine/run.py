@@ -1,0 +1,151 @@
+"""From a configuration to a run: check everything, then build, then write, then train."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from synco_fast.config import Config, check_processes
+from synco_fast.data.index import Index, held_out, scan
+from synco_fast.data.loader import TrainLoader
+from synco_fast.data.recipes import RECIPES
+from synco_fast.engine import checkpoints, distributed
+from synco_fast.engine.distributed import Processes
+from synco_fast.engine.probe import DTYPES, KnnProbe
+from synco_fast.engine.trainer import Trainer
+from synco_fast.errors import UserError
+from synco_fast.files import write_text_atomically
+from synco_fast.methods import MomentumContrast
+from synco_fast.models.encoders import Encoder
+from synco_fast.models.norm import use_split_batch_norm, use_sync_batch_norm
+from synco_fast.models.queue import KeyQueue
+
+
+def pretrain(config: Config, *, resume: str | None = None) -> None:
+    """Run (or go on with) a pretraining run in this process, and leave its results in config.output.
+
+    Args:
+        config: checked configuration.
+        resume: None to start, "auto" to go on if there is something to go on with, or a checkpoint's path.
+
+    Raises:
+        UserError: something given cannot work; nothing has been written unless training had begun.
+        Interrupted: see `Trainer.run`.
+    """
+    processes = distributed.start(distributed.choose_device(config.trainer.device))
+    try:
+        build(config, processes, resume).run()
+    finally:
+        distributed.stop()
+
+
+def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
+    """Everything of a run, checked and ready to train. The output folder is touched last."""
+    check_processes(config, processes.world_size)
+    if config.data.root is None:
+        raise UserError("data.root is not set: give the images with --data DIR or --set data.root=DIR")
+    root, output = Path(config.data.root), Path(config.output)
+    index = scan(root)
+    data = {"samples": len(index), "digest": index.digest}
+    path = _checkpoint_to_resume(output, resume)
+    state = None
+    if path is not None:
+        state = checkpoints.load(path)
+        checkpoints.check_same_run(state, path, config, data)
+
+    step = state["step"] if state is not None else 0
+    contrast = build_contrast(config, processes)
+    loader = build_loader(config, processes, index, step)
+    trainer = Trainer(config, processes, contrast, loader, _probe(config, processes, index), output, data)
+    if state is not None:
+        trainer.load_state(state)
+    if processes.is_main:
+        _prepare_output(output, config)
+    processes.barrier()
+    return trainer
+
+
+def build_contrast(config: Config, processes: Processes) -> MomentumContrast:
+    """Encoders and queue, the same on every process: their random start comes from the seed alone."""
+    device = processes.device
+    torch.manual_seed(config.seed)
+    encoders = []
+    for _ in range(2):
+        encoder: torch.nn.Module = Encoder(
+            config.model.arch, stem=config.model.stem, dim=config.model.dim, mlp=config.model.mlp
+        )
+        if config.bn.mode == "split":
+            use_split_batch_norm(encoder, config.bn.group_size)
+        elif config.bn.mode == "sync":
+            encoder = use_sync_batch_norm(encoder, device)
+        encoders.append(encoder)
+    queue = KeyQueue(
+        config.queue.size, config.model.dim, DTYPES[config.queue.dtype], torch.Generator().manual_seed(config.seed)
+    )
+    contrast = MomentumContrast(
+        *encoders,
+        queue,
+        temperature=config.loss.temperature,
+        seed=config.seed,
+        batch_norm=config.bn.mode,
+        backend=config.loss.backend,
+    )
+    return contrast.to(device, memory_format=torch.channels_last)
+
+
+def build_loader(config: Config, processes: Processes, index: Index, step: int) -> TrainLoader:
+    """This process's share of the training data, from a global step on."""
+    data = config.data
+    steps_per_epoch = max(1, len(index) // data.batch_size)
+    return TrainLoader(
+        index,
+        batch_size=data.batch_size,
+        image_size=data.image_size,
+        recipe=RECIPES[data.recipe],
+        seed=config.seed,
+        dtype=DTYPES[data.dtype],
+        device=processes.device,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        epoch=step // steps_per_epoch,
+        step=step % steps_per_epoch,
+    )
+
+
+def _probe(config: Config, processes: Processes, index: Index) -> KnnProbe | None:
+    if config.knn.every_epochs == 0:
+        return None
+    assert config.data.root is not None
+    test = held_out(Path(config.data.root))
+    if test is None or index.labels is None:
+        raise UserError(
+            f"knn.every_epochs = {config.knn.every_epochs}: {config.data.root} needs class folders and a held-out "
+            f"val/ or test/ beside train/; set it to 0 to train without kNN"
+        )
+    return KnnProbe(config, processes, index, test)
+
+
+def _checkpoint_to_resume(output: Path, resume: str | None) -> Path | None:
+    latest = checkpoints.folder(output) / checkpoints.LATEST
+    if resume is None:
+        if latest.exists():
+            raise UserError(
+                f"{output} already holds a run: go on with --resume auto, or choose another --set output=DIR"
+            )
+        return None
+    if resume == "auto":
+        return latest if latest.exists() else None
+    return Path(resume)
+
+
+def _prepare_output(output: Path, config: Config) -> None:
+    try:
+        checkpoints.folder(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output = {output}: cannot make the folder: {error.strerror}") from error
+    if not os.access(output, os.W_OK):
+        raise UserError(f"output = {output}: the folder cannot be written to")
+    write_text_atomically(output / "config.yaml", config.to_yaml())
+

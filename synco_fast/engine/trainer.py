@@ -1,0 +1,288 @@
+"""The training loop. Between logging steps the host never waits for the device."""
+
+import contextlib
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from synco_fast.config import Config
+from synco_fast.data.loader import Batch, TrainLoader
+from synco_fast.engine import checkpoints, optim
+from synco_fast.engine.distributed import Processes, reduce_max
+from synco_fast.engine.guard import NonFiniteGuard
+from synco_fast.engine.metrics import Meter, MetricsLog, named
+from synco_fast.engine.probe import KnnProbe
+from synco_fast.engine.progress import TrainingProgress
+from synco_fast.engine.schedules import learning_rate
+from synco_fast.errors import Interrupted, UserError
+from synco_fast.files import write_text_atomically
+from synco_fast.methods import MomentumContrast, negatives_at
+from synco_fast.models.encoders import momentum_update
+from synco_fast.models.shuffle import all_gather_rows
+
+
+class Trainer:
+    """One run: model, optimizer and place. Its state is `state()`; everything else follows from the configuration.
+
+    Args:
+        config: of the run. processes: this one among them. contrast: the method. loader: of this process's share.
+        probe: kNN on held-out data, or None. output: folder of the run. data: identity of the data set.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        processes: Processes,
+        contrast: MomentumContrast,
+        loader: TrainLoader,
+        probe: KnnProbe | None,
+        output: Path,
+        data: dict[str, Any],
+    ) -> None:
+        self.config, self.processes, self.output, self.data = config, processes, output, data
+        self.contrast, self.loader, self.probe = contrast, loader, probe
+        self.optimizer = optim.build(config.optim, contrast.query_encoder.parameters())
+        # The wrapper averages gradients; names in checkpoints are those of the module inside.
+        self.model: nn.Module = contrast
+        if processes.world_size > 1:
+            self.model = DistributedDataParallel(contrast, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.hard = config.negatives.hard()
+        self.meter = Meter(self.hard, processes.device)
+        self.guard = NonFiniteGuard(processes.device)
+        self.steps_per_epoch = loader.steps_per_epoch
+        epochs_steps = config.trainer.epochs * self.steps_per_epoch
+        self.total_steps = min(epochs_steps, config.trainer.max_steps or epochs_steps)
+        self.step = 0
+        self._step_on_device = torch.zeros((), dtype=torch.int64, device=processes.device)
+        self._signal: int | None = None
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: by SIGTERM or SIGINT, after the step was finished and a checkpoint written.
+            UserError: the loss or a gradient was not finite.
+        """
+        metrics = MetricsLog(self.output, self.step) if self.processes.is_main else None
+        progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
+        if self.step >= self.total_steps:
+            progress.say(f"nothing to do: step {self.step} of {self.total_steps} is done")
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._loop(metrics, progress)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            progress.close()
+            if metrics is not None:
+                metrics.close()
+
+    def _loop(self, metrics: MetricsLog | None, progress: TrainingProgress) -> None:
+        clock = _Clock(self.config.data.batch_size)
+        while self.step < self.total_steps:
+            with clock.waiting():
+                batch = next(self.loader)
+            self.train_step(batch)
+            progress.advance(self.step)
+            clock.count()
+
+            epoch, inside = divmod(self.step, self.steps_per_epoch)
+            last = self.step == self.total_steps
+            logging = self.step % self.config.trainer.log_every == 0 or last
+            if logging:
+                self._stop_if_not_finite()
+                row = self._train_row(batch.epoch, clock)
+                progress.report(row)
+                _write(metrics, row)
+            if self._knn_due(epoch, inside, last):
+                assert self.probe is not None
+                row = self._row("knn", batch.epoch) | self.probe.measure(self.contrast.query_encoder)
+                progress.report(row)
+                _write(metrics, row)
+                clock.restart()
+            interrupted = self._interrupted(agree=logging)
+            if self._checkpoint_due(epoch, inside, last) or interrupted:
+                self.save(keep_as_epoch=self._epoch_to_keep(epoch, inside, last))
+            if interrupted:
+                raise Interrupted(f"stopped by a signal after step {self.step}; go on with --resume auto")
+
+    def train_step(self, batch: Batch) -> None:
+        """One optimizer step: momentum update, contrast, backward, update, enqueue."""
+        config, processes = self.config, self.processes
+        hard = negatives_at(batch.epoch, self.hard, config.negatives.warmup_epochs)
+        self._step_on_device.fill_(self.step)
+        momentum_update(self.contrast.key_encoder, self.contrast.query_encoder, config.model.momentum)
+
+        micro_batches = list(
+            zip(*(view.chunk(config.trainer.accumulate) for view in batch.views), strict=True)
+        )
+        row = processes.rank * len(batch.views[0])
+        results, keys = [], []
+        for i, (query_view, key_view) in enumerate(micro_batches):
+            with self._no_sync(unless=i == len(micro_batches) - 1), self._precision():
+                contrast = self.model(
+                    self._images(query_view), self._images(key_view), hard, self._step_on_device, row
+                )
+            with self._no_sync(unless=i == len(micro_batches) - 1):
+                (contrast.result.loss / len(micro_batches)).backward()
+            row += len(query_view)
+            results.append(contrast.result)
+            keys.append(contrast.keys)
+
+        norm = nn.utils.clip_grad_norm_(
+            self.contrast.query_encoder.parameters(), config.optim.clip_norm or float("inf"), foreach=True
+        )
+        values = self.meter.values(results, norm)
+        self.guard.watch(values[0], norm, self._step_on_device, values)
+        self._lr = self._learning_rate()
+        optim.step(self.optimizer, self._lr, self.guard.skip)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.contrast.queue.enqueue(all_gather_rows(torch.cat(keys)), self.guard.skip)
+        self.meter.add(values)
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        cuda = self.processes.device.type == "cuda"
+        return {
+            "config": self.config.model_dump(),
+            "step": self.step,
+            "data": self.data,
+            "model": self.contrast.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "meter": self.meter.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; the loader is made for that place by the caller."""
+        self.step = state["step"]
+        self.contrast.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.meter.load_state_dict(state["meter"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] is not None and self.processes.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+    def save(self, *, keep_as_epoch: int | None = None) -> None:
+        """Write a checkpoint of a sound state; all processes call it, the main one writes."""
+        self._stop_if_not_finite()
+        if self.processes.is_main:
+            checkpoints.save(self.output, self.state(), keep_as_epoch=keep_as_epoch)
+        self.processes.barrier()
+
+    def _learning_rate(self) -> float:
+        epoch, inside = divmod(self.step, self.steps_per_epoch)
+        return learning_rate(self.config.optim, self.config.trainer.epochs, epoch, inside, self.steps_per_epoch)
+
+    def _precision(self) -> Any:
+        return torch.autocast(
+            self.processes.device.type, torch.bfloat16, enabled=self.config.trainer.precision == "bf16"
+        )
+
+    def _images(self, view: Tensor) -> Tensor:
+        return view if self.config.trainer.precision == "bf16" else view.float()
+
+    def _no_sync(self, unless: bool) -> Any:
+        """Gradients are averaged over processes with the last micro-batch's backward only."""
+        if unless or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _row(self, kind: str, epoch: int) -> dict[str, Any]:
+        return {"kind": kind, "step": self.step, "epoch": epoch}
+
+    def _train_row(self, epoch: int, clock: "_Clock") -> dict[str, Any]:
+        means = self.meter.read()
+        rate = clock.read()
+        remaining = (self.total_steps - self.step) * self.config.data.batch_size / rate["images_per_second"]
+        return self._row("train", epoch) | {"lr": self._lr} | means | {"timing": rate | {"remaining_seconds": remaining}}
+
+    def _knn_due(self, epoch: int, inside: int, last: bool) -> bool:
+        every = self.config.knn.every_epochs
+        return self.probe is not None and every > 0 and (last or (inside == 0 and epoch % every == 0))
+
+    def _checkpoint_due(self, epoch: int, inside: int, last: bool) -> bool:
+        settings = self.config.checkpoint
+        by_step = settings.every_steps is not None and self.step % settings.every_steps == 0
+        return last or by_step or (inside == 0 and epoch % settings.every_epochs == 0)
+
+    def _epoch_to_keep(self, epoch: int, inside: int, last: bool) -> int | None:
+        keep = inside == 0 and (last or epoch % self.config.checkpoint.keep_every == 0)
+        return epoch if keep else None
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _interrupted(self, agree: bool) -> bool:
+        """Whether to stop here. Processes must stop at the same step, so several agree at logging steps only."""
+        if self.processes.world_size == 1:
+            return self._signal is not None
+        if not agree:
+            return False
+        flag = torch.tensor(float(self._signal is not None), device=self.processes.device)
+        return bool(reduce_max(flag))
+
+    def _stop_if_not_finite(self) -> None:
+        step = self.guard.first_bad_step()
+        if step is None:
+            return
+        assert self.guard.values is not None
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        path = self.output / f"nonfinite-step-{step}.json"
+        if self.processes.is_main:
+            evidence = {
+                "step": step,
+                "epoch": epoch,
+                "metrics": named(self.meter.names, self.guard.values.tolist()),
+                "files": self.loader.files_at(epoch, inside),
+            }
+            write_text_atomically(path, json.dumps(evidence, indent=1))
+        raise UserError(
+            f"the loss or a gradient was not finite at step {step} (epoch {epoch}); updates were masked from then on. "
+            f"{path} has that step's metrics and image files. Lower optim.lr, raise loss.temperature, or set "
+            f"optim.clip_norm, and go on from the last checkpoint with --resume auto"
+        )
+
+
+class _Clock:
+    """Throughput and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Any:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def count(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        rates = {
+            "images_per_second": self._steps * self._batch_size / elapsed,
+            "data_wait": self._waited / elapsed,
+            "seconds": elapsed,
+        }
+        self.restart()
+        return rates
+
+
+def _write(metrics: MetricsLog | None, row: dict[str, Any]) -> None:
+    if metrics is not None:
+        metrics.write(row)
