@@ -83,9 +83,9 @@ def knn(
     temperature: Annotated[float, typer.Option(help="Of the votes' weights.")] = 0.07,
 ) -> None:
     """kNN accuracy of a checkpoint's backbone on held-out images."""
-    from synco_fast.evaluation import standalone
+    from synco_fast.engine import evaluate
 
-    result = standalone.knn(checkpoint, data, k=k, temperature=temperature)
+    result = evaluate.knn(checkpoint, data, k=k, temperature=temperature)
     typer.echo(
         f"kNN accuracy {result['accuracy']:.2%} (k {result['k']}, t {temperature}, "
         f"bank {result['bank']}, held out {result['held_out']})"

@@ -1,0 +1,123 @@
+"""What can be used on this machine and, for what cannot, why and how to get it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+
+import torch
+
+from synco_fast import __version__
+from synco_fast.ops import backends
+
+_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+_PACKAGES = ("torch", "torchvision", *_DALI, "triton", "numpy", "pydantic", "PyYAML", "apex")
+
+
+def text() -> str:
+    """The report, one aligned line for each thing looked at."""
+    sections = {
+        "versions": [("synco_fast", __version__), ("python", platform.python_version()), *_versions()],
+        "devices": _devices(),
+        "data": [("DALI", _dali())],
+        "backends of the op": list(backends().items()),
+        "accelerators": [
+            ("C++ compiler", _program("g++", "the compiled kernels to come need it; install g++")),
+            ("CUDA compiler", _program("nvcc", "the CUDA kernels to come need it; install the CUDA toolkit")),
+            ("NVIDIA apex", _apex()),
+        ],
+        "distributed": _distributed(),
+    }
+    lines = []
+    for title, rows in sections.items():
+        width = max(len(name) for name, _ in rows)
+        lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows), ""]
+    return "\n".join(lines[:-1])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> list[tuple[str, str]]:
+    return [(package, _version(package) or "not installed") for package in _PACKAGES]
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [
+        ("CPU", f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"),
+        ("CPU bf16", _cpu_bf16()),
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            rows.append(
+                (f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+            )
+    elif torch.version.cuda is None:
+        rows.append(("GPU", "none: this PyTorch was built without CUDA; install a CUDA build of torch"))
+    else:
+        rows.append(
+            ("GPU", f"none: PyTorch (CUDA {torch.version.cuda}) finds no device; check the driver with nvidia-smi")
+        )
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpu_bf16() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return f"ok ({capability})"
+    return f"slow: no bf16 instructions ({capability}); --set trainer.precision=fp32 is faster here"
+
+
+def _dali() -> str:
+    installed = [package for package in _DALI if _version(package)]
+    if not installed:
+        return "not installed: pip install -e '.[cuda12]' (or '.[cuda13]', never both)"
+    if len(installed) == 2:
+        return "broken: both wheels own the same files; pip uninstall both, then install one extra"
+    if importlib.util.find_spec("nvidia.dali") is None:
+        return f"{installed[0]} is installed but cannot be found; reinstall it"
+    place = "decodes on the GPU" if torch.cuda.is_available() else "decodes on the CPU: no GPU here"
+    return f"ok: {installed[0]}, {place}"
+
+
+def _program(name: str, advice: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        return f"not found: {advice}"
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1 if name == "nvcc" else 0] if lines else f"{path} does not say its version"
+
+
+def _apex() -> str:
+    if importlib.util.find_spec("apex") is None:
+        return "not installed: optional, built from NVIDIA's source (PyPI's apex is another project)"
+    if importlib.util.find_spec("apex.optimizers") is None:
+        return "not NVIDIA's: PyPI's apex is an unrelated project; pip uninstall apex"
+    return "installed; nothing uses it yet"
+
+
+def _distributed() -> list[tuple[str, str]]:
+    if not torch.distributed.is_available():
+        return [("torch.distributed", "not in this build of PyTorch")]
+    nccl = "ok" if torch.distributed.is_nccl_available() else "not in this build of PyTorch"
+    if nccl == "ok" and not torch.cuda.is_available():
+        nccl = "needs a GPU"
+    gloo = "ok" if torch.distributed.is_gloo_available() else "not in this build of PyTorch"
+    return [("gloo (CPU)", gloo), ("NCCL (GPU)", nccl)]

@@ -1,0 +1,68 @@
+"""A run that was killed, resumed and killed again ends in the state of one that was not."""
+
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import environment
+from tests.engine.runs import differences, final_state, kill_after, pretrain_command, rows, run_until
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one run from start to end."""
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY)
+    command = pretrain_command(config, images, folder / "run", "--set", "knn.every_epochs=2")
+    subprocess.run(command, check=True, env=environment(), capture_output=True)
+    return folder / "run"
+
+
+def check_same(output: Path, undisturbed: Path) -> None:
+    state = final_state(output)
+    assert state["step"] == STEPS
+    assert differences(state, final_state(undisturbed)) == []
+    assert rows(output) == rows(undisturbed)
+    assert not list(output.rglob(".*.tmp"))
+
+
+def test_killed_at_random_steps(images: Path, tiny: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """SIGKILL at 5 random steps of 24, with checkpoints every 4 steps and epochs of 6."""
+    output = tmp_path / "run"
+    command = pretrain_command(
+        tiny, images, output, "--set", "knn.every_epochs=2", "--set", "checkpoint.every_steps=4"
+    )
+    steps = sorted(random.Random(0).sample(range(2, STEPS), 5))
+    for step in steps:
+        kill_after(command, step)
+    subprocess.run(command, check=True, env=environment(), capture_output=True)
+    # every_steps says when checkpoints are written, which changes nothing else.
+    state, expected = final_state(output), final_state(undisturbed)
+    for side in (state, expected):
+        del side["config"]["checkpoint"]
+    assert differences(state, expected) == []
+    assert rows(output) == rows(undisturbed)
+    assert not list(output.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_signal(
+    number: int, images: Path, tiny: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """The step is finished, the checkpoint is of that very step, the exit code is 75, and the run goes on."""
+    command = pretrain_command(tiny, images, tmp_path / "run", "--set", "knn.every_epochs=2")
+    code, output = run_until(command, 8, number)
+    assert code == 75, output
+    assert "--resume auto" in output and "Traceback" not in output
+    stopped_at = final_state(tmp_path / "run")["step"]
+    assert 8 <= stopped_at < STEPS
+    subprocess.run(command, check=True, env=environment(), capture_output=True)
+    check_same(tmp_path / "run", undisturbed)
