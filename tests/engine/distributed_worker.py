@@ -1,0 +1,48 @@
+"""Run by torchrun in test_distributed.py: one gradient of one global batch, and what 20 steps leave on each rank."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from synco_fast.config import load
+from synco_fast.engine import distributed
+from synco_fast.engine.run import build
+
+
+def freeze_batch_norm(module: torch.nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, torch.nn.BatchNorm2d):
+            child.eval()
+
+
+def main(config_file: str, folder: str, mode: str, *overrides: str) -> None:
+    """`gradient`: loss and gradient of the first step, batch norm frozen. `steps`: train, then save this rank's state."""
+    config = load(Path(config_file), [*overrides, f"output={folder}/run"])
+    processes = distributed.start(torch.device("cpu"))
+    trainer = build(config, processes, None)
+    saved: dict[str, object] = {}
+    if mode == "gradient":
+        freeze_batch_norm(trainer.contrast)
+        gradients: dict[str, torch.Tensor] = {}
+        step = trainer.optimizer.step
+
+        def keep_gradients() -> None:
+            for name, parameter in trainer.contrast.query_encoder.named_parameters():
+                assert parameter.grad is not None
+                gradients[name] = parameter.grad.clone()
+            step()
+
+        trainer.optimizer.step = keep_gradients  # type: ignore[assignment, method-assign]
+        trainer.train_step(next(trainer.loader))
+        saved = {"loss": trainer.meter.read()["loss"], "gradients": gradients}
+    else:
+        trainer.run()
+    saved |= {"model": trainer.contrast.state_dict()}
+    torch.save(saved, f"{folder}/rank-{processes.rank}-of-{processes.world_size}.pt")
+    processes.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
