@@ -1,0 +1,1 @@
+"""Image files in, augmented batches out, through DALI."""
