@@ -1,0 +1,58 @@
+# Every target that needs .venv brings it up to date by itself, and does nothing when it already is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The DALI build, cuda12 or cuda13. Left out, it is the one that .venv already has.
+DALI ?= $(or $(patsubst $(VENV)/dali-%,%,$(wildcard $(VENV)/dali-*)),cuda12)
+ifeq ($(filter $(DALI),cuda12 cuda13),)
+$(error DALI is cuda12 or cuda13, not "$(DALI)")
+endif
+
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+
+.PHONY: help setup demo test lint stress clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(VENV)/installed  ## build .venv (DALI=cuda13 for the CUDA 13 build, PYTHON=... for another Python)
+	@echo "$(VENV) is ready: make demo, or $(BIN)/synco-fast --help"
+
+demo: $(VENV)/installed  ## pretrain on generated JPEGs and write runs/demo/report.html
+	$(BIN)/synco-fast demo
+
+test: $(VENV)/installed  ## run the tests
+	$(BIN)/python -m pytest --durations=10
+
+lint: $(VENV)/installed  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy synco_fast
+
+stress: $(VENV)/installed  ## run the long reliability counts; an interrupted run resumes
+	$(BIN)/python -m tests.stress
+
+clean:  ## remove build products and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv
+	rm -rf $(VENV)/dali-* $(VENV)
+
+# A .venv without this mark is half built, somebody else's, or holds the other DALI build, whose wheel owns the
+# same files: start anew.
+$(VENV)/dali-$(DALI):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "synco-fast needs Python 3.10 or later, and $(PYTHON) is not; name one: make setup PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@rm -f $(VENV)/dali-*
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI)
+	@echo "Installing the pinned dependencies (several GB and some minutes the first time, silent until done)"
+	$(PIP_INSTALL) pip setuptools wheel
+	$(PIP_INSTALL) --no-build-isolation -e '.[$(DALI),dev]'
+	@touch $@

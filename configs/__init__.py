@@ -1,0 +1,1 @@
+"""Configurations of published rows and small ones; installed as `synco_fast.configs`."""
