@@ -1,12 +1,12 @@
 """Evaluations of a checkpoint on its own, without the run that wrote it."""
 
 from pathlib import Path
+from typing import Any
 
 from synco_fast.config import Config, Knn
-from synco_fast.data.index import held_out, scan
+from synco_fast.data.index import scan
 from synco_fast.engine import checkpoints, distributed
-from synco_fast.engine.probe import KnnProbe
-from synco_fast.errors import UserError
+from synco_fast.engine.probe import KnnProbe, held_out_like
 from synco_fast.models.encoders import Encoder
 
 
@@ -21,15 +21,14 @@ def knn(checkpoint: Path, data: Path, *, k: int, temperature: float) -> dict[str
     state = checkpoints.load(checkpoint)
     config = checkpoints.saved_config(state, checkpoint)
     config = config.model_copy(update={"knn": Knn(k=k, temperature=temperature)})
-    bank, test = scan(data), held_out(data)
-    if test is None or bank.labels is None:
-        raise UserError(f"{data}: kNN needs class folders in train/ and in a held-out val/ or test/")
+    bank = scan(data)
+    test = held_out_like(bank, data)
     processes = distributed.start(distributed.choose_device(config.trainer.device))
     encoder = query_encoder(state, config).to(processes.device)
     return KnnProbe(config, processes, bank, test).measure(encoder)
 
 
-def query_encoder(state: dict, config: Config) -> Encoder:  # type: ignore[type-arg]
+def query_encoder(state: dict[str, Any], config: Config) -> Encoder:
     """The query encoder of a checkpoint, on the CPU. In evaluation all batch norm modes are plain batch norm."""
     model = config.model
     encoder = Encoder(model.arch, stem=model.stem, dim=model.dim, mlp=model.mlp)

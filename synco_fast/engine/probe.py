@@ -1,12 +1,15 @@
 """kNN accuracy on held-out images while training goes on."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from synco_fast.config import Config
-from synco_fast.data.index import Index
+from synco_fast.data.index import Index, held_out
 from synco_fast.data.loader import EvalLoader
 from synco_fast.engine.distributed import Processes
+from synco_fast.errors import UserError
 from synco_fast.evaluation.features import extract
 from synco_fast.evaluation.knn import knn_accuracy
 from synco_fast.models.encoders import Encoder
@@ -51,6 +54,21 @@ class KnnProbe:
         bf16 = self.config.trainer.precision == "bf16"
         features, labels = extract(encoder.backbone, loader, device=processes.device, bf16=bf16)
         return _gather(features, len(index), processes), _gather(labels, len(index), processes)
+
+
+def held_out_like(bank: Index, root: Path) -> Index:
+    """The held-out split of a data set whose training split is `bank`.
+
+    Raises:
+        UserError: kNN cannot work on this data: no labels, no held-out split, or other classes in it.
+    """
+    test = held_out(root)
+    if bank.labels is None or test is None:
+        raise UserError(f"{root}: kNN needs class folders in train/ and in a held-out val/ or test/ beside it")
+    if bank.classes != test.classes:
+        odd = sorted(set(bank.classes) ^ set(test.classes))
+        raise UserError(f"{root}: kNN needs the same classes in {bank.root.name}/ and {test.root.name}/; only one has {odd[:5]}")
+    return test
 
 
 def _gather(rows: torch.Tensor, total: int, processes: Processes) -> torch.Tensor:

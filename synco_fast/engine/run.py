@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from synco_fast.config import Config, check_processes
-from synco_fast.data.index import Index, held_out, scan
+from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.recipes import RECIPES
 from synco_fast.engine import checkpoints, distributed
 from synco_fast.engine.distributed import Processes
-from synco_fast.engine.probe import DTYPES, KnnProbe
+from synco_fast.engine.probe import DTYPES, KnnProbe, held_out_like
 from synco_fast.engine.trainer import Trainer
 from synco_fast.errors import UserError
 from synco_fast.files import write_text_atomically
@@ -69,28 +69,31 @@ def build_contrast(config: Config, processes: Processes) -> MomentumContrast:
     """Encoders and queue, the same on every process: their random start comes from the seed alone."""
     device = processes.device
     torch.manual_seed(config.seed)
-    encoders = []
-    for _ in range(2):
-        encoder: torch.nn.Module = Encoder(
-            config.model.arch, stem=config.model.stem, dim=config.model.dim, mlp=config.model.mlp
-        )
-        if config.bn.mode == "split":
-            use_split_batch_norm(encoder, config.bn.group_size)
-        elif config.bn.mode == "sync":
-            encoder = use_sync_batch_norm(encoder, device)
-        encoders.append(encoder)
+    query_encoder, key_encoder = build_encoder(config, device), build_encoder(config, device)
     queue = KeyQueue(
         config.queue.size, config.model.dim, DTYPES[config.queue.dtype], torch.Generator().manual_seed(config.seed)
     )
     contrast = MomentumContrast(
-        *encoders,
+        query_encoder,
+        key_encoder,
         queue,
         temperature=config.loss.temperature,
         seed=config.seed,
         batch_norm=config.bn.mode,
         backend=config.loss.backend,
     )
-    return contrast.to(device, memory_format=torch.channels_last)
+    return contrast.to(device).to(memory_format=torch.channels_last)
+
+
+def build_encoder(config: Config, device: torch.device) -> torch.nn.Module:
+    """One encoder with the configured batch norm, at a random start."""
+    model = config.model
+    encoder = Encoder(model.arch, stem=model.stem, dim=model.dim, mlp=model.mlp)
+    if config.bn.mode == "split":
+        use_split_batch_norm(encoder, config.bn.group_size)
+    elif config.bn.mode == "sync":
+        return use_sync_batch_norm(encoder, device)
+    return encoder
 
 
 def build_loader(config: Config, processes: Processes, index: Index, step: int) -> TrainLoader:
@@ -118,12 +121,12 @@ def _probe(config: Config, processes: Processes, index: Index) -> KnnProbe | Non
     if config.knn.every_epochs == 0:
         return None
     assert config.data.root is not None
-    test = held_out(Path(config.data.root))
-    if test is None or index.labels is None:
+    try:
+        test = held_out_like(index, Path(config.data.root))
+    except UserError as error:
         raise UserError(
-            f"knn.every_epochs = {config.knn.every_epochs}: {config.data.root} needs class folders and a held-out "
-            f"val/ or test/ beside train/; set it to 0 to train without kNN"
-        )
+            f"knn.every_epochs = {config.knn.every_epochs}: {error}; set it to 0 to train without kNN"
+        ) from error
     return KnnProbe(config, processes, index, test)
 
 

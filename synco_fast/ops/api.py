@@ -157,7 +157,7 @@ def _infonce(
     row_offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hard = HardNegatives(*counts, *strengths, extrapolate_from)  # type: ignore[arg-type]
+    hard = _unpack(counts, strengths, extrapolate_from)
     with torch.autocast(q.device.type, enabled=False):
         return eager.infonce(
             q, k, queue, hard, temperature, seed, step, row_offset, _same_class(labels, queue_labels)
@@ -166,7 +166,7 @@ def _infonce(
 
 @_infonce.register_fake
 def _(q, k, queue, step, labels, queue_labels, counts, strengths, extrapolate_from, *rest):  # type: ignore[no-untyped-def]
-    hard = HardNegatives(*counts, *strengths, extrapolate_from)
+    hard = _unpack(counts, strengths, extrapolate_from)
     wide = compute_dtype(queue)
     rank = q.new_empty(len(q), dtype=torch.int64)
     stats = q.new_empty(len(stat_names(hard)), dtype=torch.float32)
@@ -190,6 +190,10 @@ def _pack(hard: HardNegatives) -> tuple[list[int], list[float], str]:
     """HardNegatives as the operator schema's types: counts, strengths, extrapolate_from."""
     values = [getattr(hard, name) for name in FIELDS]
     return values[:7], [float(value) for value in values[7:13]], values[13]
+
+
+def _unpack(counts: Sequence[int], strengths: Sequence[float], extrapolate_from: str) -> HardNegatives:
+    return HardNegatives(**dict(zip(FIELDS, (*counts, *strengths, extrapolate_from), strict=True)))  # type: ignore[arg-type]
 
 
 def _same_class(labels: Tensor | None, queue_labels: Tensor | None) -> Tensor | None:

@@ -47,7 +47,7 @@ def stat_names(hard: HardNegatives) -> tuple[str, ...]:
     positive_similarity: mean of q . k. mass_*: mean share of the softmax denominator that the positive, the queue
     and each kind hold. With synthetic negatives also their whole share and the hard set's mean similarity.
     """
-    names = ("acc1", "acc5", "positive_similarity", "mass_positive", "mass_queue")
+    names: tuple[str, ...] = ("acc1", "acc5", "positive_similarity", "mass_positive", "mass_queue")
     names += tuple(f"mass_{kind}" for kind in hard.kinds)
     return (*names, "synthetic_share", "hard_similarity") if hard.total else names
 

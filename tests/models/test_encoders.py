@@ -27,7 +27,7 @@ def test_cifar_stem_keeps_the_resolution() -> None:
 
 
 def test_unknown_architecture_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="resnet51.*resnet50"):
+    with pytest.raises(UserError, match=r"resnet51.*resnet50"):
         Encoder("resnet51")
     assert "vit_b_16" not in architectures()
 
