@@ -1,0 +1,124 @@
+"""`make stress`: the long counts, resumable; what they found is appended to docs/reliability.md.
+
+Progress is kept in runs/stress/progress.json. A stage that is done is written down and starts anew the next time.
+"""
+
+import argparse
+import datetime
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from synco_fast.files import write_text_atomically
+from tests import fuzz
+from tests.conftest import REPOSITORY, TINY, environment, write_images
+from tests.engine.runs import differences, final_state, pretrain_command, rows
+
+FOLDER = REPOSITORY / "runs" / "stress"
+PROGRESS = FOLDER / "progress.json"
+LEDGER = REPOSITORY / "docs" / "reliability.md"
+
+
+class Stage:
+    """Cases 0 .. count - 1 of one kind, `done` of which are behind us, with the findings so far."""
+
+    def __init__(self, name: str, count: int) -> None:
+        saved = json.loads(PROGRESS.read_text()).get(name, {}) if PROGRESS.exists() else {}
+        self.name, self.count = name, count
+        self.done, self.findings = saved.get("done", 0), saved.get("findings", [])
+
+    def run(self, case: Callable[[int], object]) -> None:
+        while self.done < self.count:
+            try:
+                case(self.done)
+            except Exception as error:  # whatever goes wrong is a finding, and the count goes on
+                self.findings.append(f"case {self.done}: {type(error).__name__} {str(error)[:100]!r}")
+            self.done += 1
+            if self.done % 50 == 0 or self.name == "kills":
+                self._save()
+                print(f"{self.name}: {self.done}/{self.count}, {len(self.findings)} findings", flush=True)
+        self.finish()
+
+    def finish(self) -> None:
+        """Write the result down and forget the progress."""
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        ).stdout.strip()
+        found = "; ".join(self.findings) or "none"
+        row = f"| {datetime.date.today()} | {commit} | {self.name} | {self.count} | {found} |\n"
+        with LEDGER.open("a", encoding="utf-8") as file:
+            file.write(row)
+        print(row, end="")
+        self.done, self.findings = 0, []
+        self._save()
+
+    def _save(self) -> None:
+        state = json.loads(PROGRESS.read_text()) if PROGRESS.exists() else {}
+        state[self.name] = {"done": self.done, "findings": self.findings}
+        write_text_atomically(PROGRESS, json.dumps(state))
+
+
+class Kills:
+    """One run, killed at random moments, against the same run left alone."""
+
+    def __init__(self, count: int) -> None:
+        self.folder = FOLDER / "kills"
+        self.stage = Stage("kills", count)
+        if self.stage.done == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.folder.exists():
+            for label in range(2):
+                write_images(self.folder / "images" / "train" / f"class{label}", 50, seed=label)
+                write_images(self.folder / "images" / "val" / f"class{label}", 10, seed=2 + label)
+        self.config = self.folder / "tiny.yaml"
+        self.config.write_text(TINY)
+
+    def run(self) -> None:
+        self.stage.run(lambda number: self._kill(number))
+
+    def command(self, name: str) -> list[str]:
+        # An epoch of 6 steps, an evaluation and a checkpoint each; long enough that every kill meets a live run.
+        settings = [f"trainer.epochs={10 * self.stage.count}", "checkpoint.every_steps=3", "knn.every_epochs=1"]
+        options = [part for setting in settings for part in ("--set", setting)]
+        return pretrain_command(self.config, self.folder / "images", self.folder / name, *options)
+
+    def _kill(self, number: int) -> None:
+        """Kill at a random moment after the first step of this start; after the last kill, compare."""
+        process = subprocess.Popen(
+            self.command("killed"), stderr=subprocess.PIPE, text=True, env=environment()
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step "):
+                break
+        time.sleep(random.Random(number).uniform(0, 6))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"the run ended before kill {number}"
+        if number == self.stage.count - 1:
+            for name in ("killed", "undisturbed"):
+                subprocess.run(self.command(name), check=True, env=environment(), capture_output=True)
+            killed, undisturbed = self.folder / "killed", self.folder / "undisturbed"
+            assert differences(final_state(killed), final_state(undisturbed)) == [], "states differ"
+            assert rows(killed) == rows(undisturbed), "metrics differ"
+            assert not list(killed.rglob(".*.tmp")), "stray temporary files"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--op", type=int, default=2000)
+    parser.add_argument("--config", type=int, default=10000)
+    arguments = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    Stage("op: eager against reference, float64", arguments.op).run(fuzz.op_case)
+    Stage("mutated configurations", arguments.config).run(fuzz.config_case)
+    Kills(arguments.kills).run()
+
+
+if __name__ == "__main__":
+    main()
