@@ -13,7 +13,7 @@ from torch import Tensor
 
 from synco_fast.ops import checks, eager, reference
 from synco_fast.ops.hard import FIELDS, HardNegatives
-from synco_fast.ops.numbers import compute_dtype
+from synco_fast.ops.numbers import compute_dtype, round_to
 from synco_fast.ops.result import InfoNCE, SyntheticSet, stat_names
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,10 @@ def synthesize(
     checks.tensors(q, q, queue, hard, None, None)
     checks.arguments(1.0, seed, row_offset)
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        return reference.synthesize(q, queue, hard, seed, checks.step_tensor(step, q), row_offset)
+        negatives = queue.to(compute_dtype(queue))
+        return reference.synthesize(
+            round_to(q.detach(), queue), negatives, hard, seed, checks.step_tensor(step, q), row_offset
+        )
 
 
 def enqueue(queue: Tensor, pointer: Tensor, k: Tensor) -> None:
@@ -168,7 +171,7 @@ def _infonce(
 def _(q, k, queue, step, labels, queue_labels, counts, strengths, extrapolate_from, *rest):  # type: ignore[no-untyped-def]
     hard = _unpack(counts, strengths, extrapolate_from)
     wide = compute_dtype(queue)
-    rank = q.new_empty(len(q), dtype=torch.int64)
+    rank = q.new_empty(q.shape[0], dtype=torch.int64)
     stats = q.new_empty(len(stat_names(hard)), dtype=torch.float32)
     return q.new_empty((), dtype=wide), q.new_empty(q.shape, dtype=wide), rank, torch.empty_like(rank), stats
 

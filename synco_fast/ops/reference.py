@@ -26,7 +26,7 @@ def hardest_by_sort(similarity: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def synthesize(
     q: Tensor,
-    queue: Tensor,
+    negatives: Tensor,
     hard: HardNegatives,
     seed: int,
     step: Tensor,
@@ -35,11 +35,11 @@ def synthesize(
 ) -> dict[str, SyntheticSet]:
     """All kinds in use, as vectors. They are constants: nothing here carries a gradient except `logits`, through q.
 
-    Shapes as in `infonce`; same_class is (B, K) bool, True for negatives that the class oracle leaves out.
+    q (B, D) and the queue's rows, negatives (K, D), are in the compute dtype, rounded already. same_class is (B, K)
+    bool, True for negatives that the class oracle leaves out.
     """
     if not hard.total:
         return {}
-    q, negatives = round_to(q, queue), queue.to(compute_dtype(queue))
     anchor = q.detach()
     similarity = anchor @ negatives.T
     if same_class is not None:
@@ -78,19 +78,21 @@ def infonce(
     row_offset: int,
     same_class: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (differentiable), rank, rank_all and statistics; arguments as in `synthesize`."""
-    sets = synthesize(q, queue, hard, seed, step, row_offset, same_class)
-    q, negatives = round_to(q, queue), queue.to(compute_dtype(queue))
+    """Loss (differentiable), rank, rank_all and statistics. Arguments as in the op."""
+    q, negatives = round_to(q, queue), queue.detach().to(compute_dtype(queue))
+    sets = synthesize(q, negatives, hard, seed, step, row_offset, same_class)
     positive = (q * k.to(q.dtype)).sum(dim=1, keepdim=True)
     real = q @ negatives.T
     if same_class is not None:
         real = real.masked_fill(same_class, -torch.inf)
     groups = [positive, real, *(s.logits for s in sets.values())]
-    logits = torch.cat(groups, dim=1) / temperature
+    similarities = torch.cat(groups, dim=1)
+    logits = similarities / temperature
     loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
 
     with torch.no_grad():
-        above = logits[:, 1:] >= logits[:, :1]
+        # Before the division, which can round neighbouring similarities to one logit.
+        above = similarities[:, 1:] >= positive
         rank = above[:, : real.shape[1]].sum(dim=1)
         masses = [m.sum(dim=1) for m in logits.softmax(dim=1).split([g.shape[1] for g in groups], dim=1)]
         stats = pack_stats(rank, positive[:, 0], masses, _hard_similarity(real, hard))

@@ -26,5 +26,4 @@ def hardest(similarity: Tensor, n: int) -> tuple[Tensor, Tensor]:
     place = torch.where(taken, taken.cumsum(dim=1) - 1, n)
     columns = torch.arange(similarity.shape[1], device=similarity.device).expand_as(place)
     chosen = columns.new_zeros(similarity.shape[0], n + 1).scatter_(1, place, columns)[:, :n]
-    size = taken.sum(dim=1, keepdim=True)
-    return torch.where(torch.arange(n, device=size.device) < size, chosen, 0), size
+    return chosen, taken.sum(dim=1, keepdim=True)
