@@ -1,5 +1,6 @@
 """The console command `synco-fast`."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -65,8 +66,9 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pretrain an encoder. Under torchrun: torchrun --nproc-per-node=N -m synco_fast pretrain CONFIG ..."""
-    overrides = [*(overrides or []), *([f"data.root={_quoted(data)}"] if data is not None else [])]
     resolved = config.load(config_file, overrides)
+    if data is not None:
+        resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"root": str(data)})})
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
         return
@@ -85,6 +87,8 @@ def knn(
     """kNN accuracy of a checkpoint's backbone on held-out images."""
     from synco_fast.engine import evaluate
 
+    if not 0 < temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: expected a number above 0")
     result = evaluate.knn(checkpoint, data, k=k, temperature=temperature)
     typer.echo(
         f"kNN accuracy {result['accuracy']:.2%} (k {result['k']}, t {temperature}, "
@@ -129,19 +133,13 @@ def doctor() -> None:
     typer.echo(report.text())
 
 
-def _quoted(path: Path) -> str:
-    """A path as a YAML scalar, whatever is in it."""
-    return "'" + str(path).replace("'", "''") + "'"
-
-
 def main() -> None:
-    """Entry point: a user's error is one message and exit code 1."""
+    """Entry point: a user's error, or one of the operating system's, is one message and exit code 1."""
     try:
         app()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-

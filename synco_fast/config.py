@@ -7,18 +7,27 @@ work are refused together, each by its path. What depends on the number of proce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from synco_fast import config_text
-from synco_fast.errors import UserError
 from synco_fast.ops import KINDS, HardNegatives
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+COUNT_MAX = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
+Positive = Annotated[int, Field(ge=1, le=COUNT_MAX)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Pixels = Annotated[int, Field(ge=16, le=4096)]
+
+
+def _check_path(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError("a path")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]
 
 
 class Section(BaseModel):
@@ -28,14 +37,16 @@ class Section(BaseModel):
 class Data(Section):
     """What is read, and how views are made."""
 
-    root: str | None = Field(None, description="folder of images (train/<class>/*, <class>/* or flat) or a file list")
+    root: PathText | None = Field(
+        None, description="folder of images (train/<class>/*, <class>/* or flat) or a file list"
+    )
     batch_size: Positive = Field(256, description="images of one optimizer step, over all processes")
     recipe: Literal["moco_v2", "moco_v1"] = Field("moco_v2", description="augmentations")
-    image_size: Annotated[int, Field(ge=16)] = Field(224, description="side of a view in pixels")
-    eval_resize: Annotated[int, Field(ge=16)] = Field(256, description="shorter side before the evaluation's centre crop")
+    image_size: Pixels = Field(224, description="side of a view in pixels")
+    eval_resize: Pixels = Field(256, description="shorter side before the evaluation's centre crop")
     dtype: Literal["fp32", "fp16"] = Field("fp32", description="dtype in which the pipeline hands over images")
-    threads: Positive = Field(4, description="CPU threads of the pipeline of each process")
-    prefetch: Positive = Field(2, description="batches prepared ahead")
+    threads: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="CPU threads of the pipeline of each process")
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = Field(2, description="batches prepared ahead")
 
 
 class Model(Section):
@@ -43,7 +54,7 @@ class Model(Section):
 
     arch: str = Field("resnet50", description="a torchvision ResNet, ResNeXt or Wide ResNet by name")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3 stride 1, no max-pool")
-    dim: Annotated[int, Field(ge=2)] = Field(128, description="dimension D of queries and keys")
+    dim: Annotated[int, Field(ge=2, le=COUNT_MAX)] = Field(128, description="dimension D of queries and keys")
     mlp: bool = Field(True, description="2-layer MLP head (MoCo v2); false: one linear layer (MoCo v1)")
     momentum: Share = Field(0.999, description="of the key encoder")
 
@@ -56,7 +67,7 @@ class BatchNorm(Section):
         description="split: virtual groups with shuffled keys; shuffle: keys shuffled over processes; "
         "sync: over all processes; plain: each process as it is (leaks on one process)",
     )
-    group_size: Annotated[int, Field(ge=2)] = Field(32, description="samples of one group in mode split")
+    group_size: Annotated[int, Field(ge=2, le=COUNT_MAX)] = Field(32, description="samples of one group in mode split")
 
 
 class Queue(Section):
@@ -148,7 +159,7 @@ class Config(Section):
     """A pretraining run."""
 
     method: Literal["moco", "mochi", "synco"] = Field("synco", description="sets the defaults of negatives")
-    output: str = Field("runs/pretrain", description="folder of the run")
+    output: PathText = Field("runs/pretrain", description="folder of the run")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, order, views and negatives")
     data: Data = Data()
     model: Model = Model()
@@ -163,7 +174,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        return config_text.to_yaml(self.model_dump())
 
 
 PRESETS = {"moco": HardNegatives.none(), "mochi": HardNegatives.mochi(), "synco": HardNegatives.synco()}
@@ -197,7 +208,7 @@ def parse(values: dict[str, Any], source: str) -> Config:
         problems = _conflicts(config)
         if not problems:
             return config
-    raise UserError("\n  ".join([f"{source}: the configuration cannot be used", *problems]))
+    raise config_text.listing(f"{source}: the configuration cannot be used", problems)
 
 
 def key_paths() -> dict[str, str]:
@@ -247,7 +258,8 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(f"optim.milestones = {config.optim.milestones}: must ascend without repeats")
     if config.optim.warmup_epochs >= config.trainer.epochs:
         problems.append(
-            f"optim.warmup_epochs = {config.optim.warmup_epochs}: must be below trainer.epochs = {config.trainer.epochs}"
+            f"optim.warmup_epochs = {config.optim.warmup_epochs}: "
+            f"must be below trainer.epochs = {config.trainer.epochs}"
         )
     return problems or _group_conflicts(config, processes=1)
 
@@ -268,7 +280,8 @@ def check_processes(config: Config, processes: int) -> None:
         problems = ["bn.mode = shuffle: needs 2 or more processes; use split on one"]
     problems = problems or _group_conflicts(config, processes)
     if problems:
-        raise UserError("\n  ".join([f"the configuration cannot be used with {processes} processes", *problems]))
+        plural = "" if processes == 1 else "es"
+        raise config_text.listing(f"the configuration cannot be used with {processes} process{plural}", problems)
 
 
 def _group_conflicts(config: Config, processes: int) -> list[str]:
@@ -278,7 +291,7 @@ def _group_conflicts(config: Config, processes: int) -> list[str]:
     if config.bn.mode != "split" or (groups >= 2 and not rest):
         return []
     return [
-        f"bn.group_size = {config.bn.group_size}: a process's {samples} samples must divide into 2 or more whole groups; "
-        f"choose a divisor of {samples}"
+        f"bn.group_size = {config.bn.group_size}: a process's {samples} samples must divide into 2 or more whole "
+        f"groups; choose a divisor of {samples}"
         + (", or bn.mode = shuffle" if processes > 1 else ", or a larger data.batch_size")
     ]

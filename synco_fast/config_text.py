@@ -2,12 +2,20 @@
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from synco_fast.errors import UserError
+
+_MOST = 15
+"""Problems listed in one error."""
+
+# Nested YAML aliases are small until they are written out; this stops after a few levels.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 60, 60, 60
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,9 +33,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which _Loader would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -48,6 +61,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
     return values
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Nested keys as YAML that `read_yaml` reads as the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -76,6 +94,12 @@ def describe(item: Any, paths: dict[str, str]) -> str:
     return f"{path} = {_shorten(item['input'])}: expected {expected}{meaning}"
 
 
+def listing(title: str, problems: list[str]) -> UserError:
+    """An error that lists problems, as many as fit a screen."""
+    more = [f"... and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
+    return UserError("\n  ".join([title, *problems[:_MOST], *more]))
+
+
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -88,14 +112,17 @@ def _parse(text: str, source: str) -> Any:
 
 def _nearest(path: str, paths: dict[str, str]) -> str:
     """The valid key that looks most like this one: by its whole path, or by its last part."""
-    sections = {name.partition(".")[0] for name in paths}
-    matches = difflib.get_close_matches(path, [*paths, *sections], n=1, cutoff=0.7)
+    candidates = paths if "." in path else {name.partition(".")[0] for name in paths}
+    matches = difflib.get_close_matches(path, candidates, n=1, cutoff=0.7)
     if not matches:
-        by_name = {name.rpartition(".")[2]: name for name in paths}
-        matches = [by_name[m] for m in difflib.get_close_matches(path.rpartition(".")[2], by_name, n=1)]
-    return f"; did you mean {matches[0]}?" if matches else "; see synco-fast pretrain --help"
+        by_name: dict[str, list[str]] = {}
+        for name in paths:
+            by_name.setdefault(name.rpartition(".")[2], []).append(name)
+        close = difflib.get_close_matches(path.rpartition(".")[2], by_name, n=1)
+        matches = by_name[close[0]] if close else []
+    return f"; did you mean {' or '.join(matches)}?" if matches else "; docs/configuration.md lists the keys"
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -10,6 +10,8 @@ import subprocess
 import torch
 
 from synco_fast import __version__
+from synco_fast.data.pipeline import dali
+from synco_fast.errors import UserError
 from synco_fast.ops import backends
 
 _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -56,9 +58,7 @@ def _devices() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(i)
-            rows.append(
-                (f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
-            )
+            rows.append((f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
     elif torch.version.cuda is None:
         rows.append(("GPU", "none: this PyTorch was built without CUDA; install a CUDA build of torch"))
     else:
@@ -90,8 +90,10 @@ def _dali() -> str:
         return "not installed: pip install -e '.[cuda12]' (or '.[cuda13]', never both)"
     if len(installed) == 2:
         return "broken: both wheels own the same files; pip uninstall both, then install one extra"
-    if importlib.util.find_spec("nvidia.dali") is None:
-        return f"{installed[0]} is installed but cannot be found; reinstall it"
+    try:
+        dali()
+    except UserError as error:
+        return f"broken: {error}"
     place = "decodes on the GPU" if torch.cuda.is_available() else "decodes on the CPU: no GPU here"
     return f"ok: {installed[0]}, {place}"
 
@@ -106,9 +108,11 @@ def _program(name: str, advice: str) -> str:
 
 
 def _apex() -> str:
-    if importlib.util.find_spec("apex") is None:
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
         return "not installed: optional, built from NVIDIA's source (PyPI's apex is another project)"
-    if importlib.util.find_spec("apex.optimizers") is None:
+    # Looked at, not imported: PyPI's fails at that.
+    if not any(os.path.isdir(os.path.join(folder, "optimizers")) for folder in spec.submodule_search_locations or []):
         return "not NVIDIA's: PyPI's apex is an unrelated project; pip uninstall apex"
     return "installed; nothing uses it yet"
 

@@ -1,5 +1,6 @@
 """Writing files so that a reader never finds half of one."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # after a success it is not there any more
+            temporary.unlink()
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -1,17 +1,19 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in one file that is whole or absent."""
 
-import os
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from synco_fast.config import Config, parse
+from synco_fast.config_text import listing
 from synco_fast.errors import UserError
-from synco_fast.files import sync_folder, write_atomically
+from synco_fast.files import write_atomically
 
 LATEST = "latest.pt"
-_KEYS = {"config", "step", "data", "model", "optimizer", "meter", "rng"}
+_ENTRIES = {"config": dict, "step": int, "data": dict, "model": dict, "optimizer": dict, "meter": dict, "rng": dict}
 
 # Keys that may differ when a run goes on: where things are, how long it lasts, and what changes no number.
 _FREE = {
@@ -36,16 +38,13 @@ def folder(output: Path) -> Path:
 
 def save(output: Path, state: dict[str, Any], *, keep_as_epoch: int | None) -> None:
     """Replace `latest.pt`; with `keep_as_epoch`, keep it under that epoch's name for good, too."""
-    latest = folder(output) / LATEST
-    write_atomically(latest, lambda file: torch.save(state, file))
-    if keep_as_epoch is None:
-        return
-    kept = latest.with_name(f"epoch-{keep_as_epoch:04d}.pt")
-    link = latest.with_name(f".{kept.name}.tmp")
-    link.unlink(missing_ok=True)
-    os.link(latest, link)
-    link.replace(kept)
-    sync_folder(kept.parent)
+    # torch.save to a file turns a full disk into an error of its own that says nothing of it.
+    content = io.BytesIO()
+    torch.save(state, content)
+    # The kept one first: a run killed in between resumes before this step, and keeps it again.
+    names = [LATEST] if keep_as_epoch is None else [f"epoch-{keep_as_epoch:04d}.pt", LATEST]
+    for name in names:
+        write_atomically(folder(output) / name, lambda file: file.write(content.getbuffer()))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -54,18 +53,23 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not there, damaged, or not one of ours.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damage happens to run into
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
+    except Exception as error:  # whatever the damage happens to run into; torch's text advises to run what is inside
         raise UserError(
-            f"{path}: not a readable checkpoint (damaged, cut short, or of another kind): {reason}"
+            f"{path}: not a readable checkpoint: it is damaged, cut short, or not one of synco-fast's"
         ) from error
-    if not isinstance(state, dict) or not state.keys() >= _KEYS:
-        raise UserError(f"{path}: not a checkpoint of synco-fast: expected the entries {', '.join(sorted(_KEYS))}")
-    return state
+    entries = state if isinstance(state, dict) else {}
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(entries.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of synco-fast: it lacks {', '.join(wrong)}")
+    return entries
 
 
 def saved_config(state: dict[str, Any], path: Path) -> Config:
@@ -88,20 +92,14 @@ def check_same_run(state: dict[str, Any], path: Path, config: Config, data: dict
     if state["data"] != data:
         changed.append(
             f"the data set has {data['samples']} images, digest {data['digest'][:12]}; "
-            f"it had {state['data']['samples']}, digest {state['data']['digest'][:12]}"
+            f"it had {state['data'].get('samples')}, digest {str(state['data'].get('digest'))[:12]}"
         )
     if changed:
-        raise UserError(
-            "\n  ".join(
-                [f"{path}: cannot resume, this is another run (start it with another --set output=...)", *changed]
-            )
-        )
+        raise listing(f"{path}: cannot resume, this is another run (start it with another --set output=...)", changed)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat

@@ -7,6 +7,7 @@ from synco_fast.config import Config, Knn
 from synco_fast.data.index import scan
 from synco_fast.engine import checkpoints, distributed
 from synco_fast.engine.probe import KnnProbe, held_out_like
+from synco_fast.errors import UserError
 from synco_fast.models.encoders import Encoder
 
 
@@ -23,9 +24,14 @@ def knn(checkpoint: Path, data: Path, *, k: int, temperature: float) -> dict[str
     config = config.model_copy(update={"knn": Knn(k=k, temperature=temperature)})
     bank = scan(data)
     test = held_out_like(bank, data)
-    processes = distributed.start(distributed.choose_device(config.trainer.device))
-    encoder = query_encoder(state, config).to(processes.device)
-    return KnnProbe(config, processes, bank, test).measure(encoder)
+    try:
+        encoder = query_encoder(state, config)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint}: its weights do not fit its own configuration: {reason}") from error
+    # Where the run was pretrained says nothing about where it is evaluated.
+    processes = distributed.start(distributed.choose_device("auto"))
+    return KnnProbe(config, processes, bank, test).measure(encoder.to(processes.device))
 
 
 def query_encoder(state: dict[str, Any], config: Config) -> Encoder:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from synco_fast.methods import MomentumContrast
 from synco_fast.models.encoders import Encoder
 from synco_fast.models.norm import use_split_batch_norm, use_sync_batch_norm
 from synco_fast.models.queue import KeyQueue
+from synco_fast.ops import backends
 
 
 def pretrain(config: Config, *, resume: str | None = None) -> None:
@@ -35,6 +37,14 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
     processes = distributed.start(distributed.choose_device(config.trainer.device))
     try:
         build(config, processes, resume).run()
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory on {processes.device}: lower data.batch_size = {config.data.batch_size}, raise "
+            f"trainer.accumulate = {config.trainer.accumulate}, or lower queue.size = {config.queue.size}, "
+            f"model.dim = {config.model.dim} or data.image_size = {config.data.image_size}"
+        ) from error
     finally:
         distributed.stop()
 
@@ -42,6 +52,9 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
 def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     """Everything of a run, checked and ready to train. The output folder is touched last."""
     check_processes(config, processes.world_size)
+    backend = config.loss.backend
+    if backend != "auto" and backends()[backend] != "ok":
+        raise UserError(f"loss.backend = {backend}: cannot be used here: {backends()[backend]}")
     if config.data.root is None:
         raise UserError("data.root is not set: give the images with --data DIR or --set data.root=DIR")
     root, output = Path(config.data.root), Path(config.output)
@@ -57,8 +70,8 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     contrast = build_contrast(config, processes)
     loader = build_loader(config, processes, index, step)
     trainer = Trainer(config, processes, contrast, loader, _probe(config, processes, index), output, data)
-    if state is not None:
-        trainer.load_state(state)
+    if state is not None and path is not None:
+        _load_state(trainer, state, path)
     if processes.is_main:
         _prepare_output(output, config)
     processes.barrier()
@@ -143,6 +156,24 @@ def _checkpoint_to_resume(output: Path, resume: str | None) -> Path | None:
     return Path(resume)
 
 
+def _load_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    try:
+        trainer.load_state(state)
+        # torch does not compare these, and a fused step would write past their end.
+        for parameter, kept in trainer.optimizer.state.items():
+            if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
+                raise ValueError(f"momentum of shape {list(kept['momentum_buffer'].shape)} for {list(parameter.shape)}")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: cannot resume, its state does not fit this model: {reason}") from error
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for it on GPUs only, and DALI has none."""
+    words = ("can't allocate memory", "bad_alloc", "cudaErrorMemoryAllocation")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 def _prepare_output(output: Path, config: Config) -> None:
     try:
         checkpoints.folder(output).mkdir(parents=True, exist_ok=True)
@@ -151,4 +182,3 @@ def _prepare_output(output: Path, config: Config) -> None:
     if not os.access(output, os.W_OK):
         raise UserError(f"output = {output}: the folder cannot be written to")
     write_text_atomically(output / "config.yaml", config.to_yaml())
-
