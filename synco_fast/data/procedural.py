@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from PIL import Image
 
 from synco_fast.errors import UserError
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Pattern = Callable[[Array, Array, np.random.Generator], Array]
 
 _DRAWING = 1  # raise it when the images of the same seed change
@@ -153,7 +154,7 @@ def _mask(pattern: Pattern, height: int, width: int, rng: np.random.Generator) -
     return (0.5 - period * pattern(u + offset[0], v + offset[1], rng)).clip(0, 1)
 
 
-def _colours(luminance: NDArray[np.float64], rng: np.random.Generator) -> Array:
+def _colours(luminance: Array, rng: np.random.Generator) -> Array:
     """Colours (n, n, 3) of random hue and saturation with the given luminance (n, n), by mixing in black or white."""
     hue = 6 * rng.random((*luminance.shape, 1))
     saturation = rng.uniform(0.2, 1, (*luminance.shape, 1))
