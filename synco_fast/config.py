@@ -52,7 +52,9 @@ class Data(Section):
 class Model(Section):
     """The two encoders."""
 
-    arch: str = Field("resnet50", description="a torchvision ResNet, ResNeXt or Wide ResNet by name")
+    arch: str = Field(
+        "resnet50", description="a torchvision ResNet, ResNeXt or Wide ResNet by name, or resnet10_narrow"
+    )
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3 stride 1, no max-pool")
     dim: Annotated[int, Field(ge=2, le=COUNT_MAX)] = Field(128, description="dimension D of queries and keys")
     mlp: bool = Field(True, description="2-layer MLP head (MoCo v2); false: one linear layer (MoCo v1)")
@@ -256,6 +258,11 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(f"data.eval_resize = {data.eval_resize}: must be at least data.image_size = {data.image_size}")
     if config.optim.milestones != sorted(set(config.optim.milestones)):
         problems.append(f"optim.milestones = {config.optim.milestones}: must ascend without repeats")
+    if hard.total and negatives.warmup_epochs >= config.trainer.epochs:
+        problems.append(
+            f"negatives.warmup_epochs = {negatives.warmup_epochs}: must be below trainer.epochs = "
+            f"{config.trainer.epochs}, or no synthetic negative is ever made"
+        )
     if config.optim.warmup_epochs >= config.trainer.epochs:
         problems.append(
             f"optim.warmup_epochs = {config.optim.warmup_epochs}: "

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import time
+from datetime import timedelta
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from synco_fast.engine.probe import DTYPES, held_out_like
 from synco_fast.engine.run import build_contrast, pretrain
 from synco_fast.errors import Interrupted
 from synco_fast.evaluation.baselines import knn_baselines
-from synco_fast.evaluation.report import baseline_rows, duration, knn_rows, read_run, write_report
+from synco_fast.evaluation.report import baseline_rows, knn_rows, read_run, write_report
 from synco_fast.files import write_text_atomically
 
 _GRID_ROWS = 6
@@ -138,6 +139,6 @@ def _summary(output: Path) -> str:
     lines += [f"{name:<{width}}  {value:>12.1%}" for name, value in table]
     lines += [
         "",
-        f"training: {duration(finished.training_seconds)}, {finished.images_per_second:.0f} images/s",
+        f"training: {timedelta(seconds=round(finished.training_seconds))}, {finished.images_per_second:.0f} images/s",
     ]
     return "\n".join(lines)

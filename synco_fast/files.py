@@ -1,10 +1,11 @@
-"""Writing files so that a reader never finds half of one."""
+"""Writing files so that a reader never finds half of one, and reading what was appended to until a crash."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from synco_fast.errors import UserError
 
@@ -44,3 +45,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

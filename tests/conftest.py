@@ -19,7 +19,8 @@ data: {batch_size: 16, image_size: 32, eval_resize: 32, threads: 1}
 model: {arch: resnet18, dim: 16, momentum: 0.9}
 bn: {mode: split, group_size: 4}
 queue: {size: 64}
-negatives: {n_hard: 16, interpolated: 4, extrapolated: 4, mixed: 4, noisy: 4, perturbed: 4, adversarial: 4, warmup_epochs: 1}
+negatives:
+  {n_hard: 16, interpolated: 4, extrapolated: 4, mixed: 4, noisy: 4, perturbed: 4, adversarial: 4, warmup_epochs: 1}
 trainer: {epochs: 4, device: cpu, precision: fp32, log_every: 1}
 """
 """A run of a second a step at most: 6 steps an epoch on `images`, synthetic negatives from the second epoch."""

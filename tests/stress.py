@@ -12,7 +12,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from synco_fast.files import write_text_atomically
 from tests import fuzz
@@ -89,9 +88,7 @@ class Kills:
 
     def _kill(self, number: int) -> None:
         """Kill at a random moment after the first step of this start; after the last kill, compare."""
-        process = subprocess.Popen(
-            self.command("killed"), stderr=subprocess.PIPE, text=True, env=environment()
-        )
+        process = subprocess.Popen(self.command("killed"), stderr=subprocess.PIPE, text=True, env=environment())
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("step "):

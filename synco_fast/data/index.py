@@ -112,9 +112,7 @@ def _scan_folder(folder: Path) -> Index:
         skipped = others + [f"{name}/{file}" for name, _, inner, _ in in_classes for file in inner]
         skipped += [f"{name}/{inner}/" for name, _, _, deeper in in_classes for inner in deeper]
         raise UserError(_no_images(folder, skipped or [f"{name}/" for name in subfolders]))
-    pairs = sorted(
-        (f"{name}/{file}", label) for label, (name, files) in enumerate(by_class.items()) for file in files
-    )
+    pairs = sorted((f"{name}/{file}", label) for label, (name, files) in enumerate(by_class.items()) for file in files)
     labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
     return Index(folder, tuple(file for file, _ in pairs), labels, tuple(by_class))
 

@@ -143,14 +143,10 @@ class TrainLoader:
                 threading.Thread(target=epoch_order, args=(len(self._index), self._seed, epoch + 1)).start()
             samples = batch_samples(len(self._index), self._batch_size, self._seed, epoch, step, *shard)
             positions = batch_positions(self._batch_size, step, *shard)
-            yield Request(
-                [self._index.path(i) for i in samples.tolist()], partial(self._inputs, epoch, positions)
-            )
+            yield Request([self._index.path(i) for i in samples.tolist()], partial(self._inputs, epoch, positions))
 
     def _inputs(self, epoch: int, positions: Tensor, sizes: Tensor) -> Arrays:
-        views = (
-            view_parameters(sizes, self._recipe, self._seed, epoch, positions, view) for view in range(VIEWS)
-        )
+        views = (view_parameters(sizes, self._recipe, self._seed, epoch, positions, view) for view in range(VIEWS))
         return [array for parameters in views for array in view_inputs(parameters)]
 
 

@@ -88,9 +88,7 @@ def train_pipeline(
     def view(images: Any, inputs: Sequence[Any]) -> Any:
         start, shape, brightness, contrast, matrix, blurred, sigma, flip = inputs
         images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
-        images = fn.resize(
-            images, size=(image_size, image_size), interp_type=types.INTERP_LINEAR, antialias=True
-        )
+        images = fn.resize(images, size=(image_size, image_size), interp_type=types.INTERP_LINEAR, antialias=True)
         grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
         images = fn.brightness_contrast(
             images,

@@ -95,7 +95,7 @@ def check_same_run(state: dict[str, Any], path: Path, config: Config, data: dict
             f"it had {state['data'].get('samples')}, digest {str(state['data'].get('digest'))[:12]}"
         )
     if changed:
-        raise listing(f"{path}: cannot resume, this is another run (start it with another --set output=...)", changed)
+        raise listing(f"{path}: cannot resume, this is another run (start it in another output folder)", changed)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

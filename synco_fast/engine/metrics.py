@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from synco_fast.engine.distributed import reduce_mean
 from synco_fast.errors import UserError
-from synco_fast.files import write_text_atomically
+from synco_fast.files import read_json_lines, write_text_atomically
 from synco_fast.ops import HardNegatives, InfoNCE, stat_names
 
 
@@ -27,8 +27,7 @@ class Meter:
         self.names = ("loss", "gradient_norm", *stat_names(hard))
         self._sums = torch.zeros(len(self.names), device=device)
         self._missing = {
-            name: torch.tensor(math.nan if name == "hard_similarity" else 0.0, device=device)
-            for name in self.names
+            name: torch.tensor(math.nan if name == "hard_similarity" else 0.0, device=device) for name in self.names
         }
         self._steps = 0
 
@@ -67,9 +66,7 @@ class Meter:
 
 def named(names: tuple[str, ...], values: list[float]) -> dict[str, float | None]:
     """Values by name; what is not finite becomes None, which JSON can say."""
-    return {
-        name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)
-    }
+    return {name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)}
 
 
 class MetricsLog:
@@ -85,7 +82,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read(self.path) if row["step"] <= step] if self.path.exists() else []
+        kept = [row for row in read_json_lines(self.path) if row["step"] <= step] if self.path.exists() else []
         write_text_atomically(self.path, "".join(map(_line, kept)))
         try:
             self._file = self.path.open("a", encoding="utf-8")
@@ -103,17 +100,6 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _line(row: dict[str, Any]) -> str:

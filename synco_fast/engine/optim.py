@@ -25,9 +25,7 @@ class Lars(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        weights = [
-            p for group in self.param_groups for p in group["params"] if p.grad is not None and p.dim() > 1
-        ]
+        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.dim() > 1]
         gradients = [p.grad for p in weights]
         torch._foreach_add_(gradients, weights, alpha=self.decay)
         ratios = [

@@ -32,9 +32,7 @@ class KnnProbe:
         bank, bank_labels = self._features(encoder, self.bank)
         features, labels = self._features(encoder, self.held_out)
         k = min(self.config.knn.k, len(bank))
-        accuracy = knn_accuracy(
-            bank, bank_labels, features, labels, k=k, temperature=self.config.knn.temperature
-        )
+        accuracy = knn_accuracy(bank, bank_labels, features, labels, k=k, temperature=self.config.knn.temperature)
         return {"accuracy": accuracy, "k": k, "bank": len(bank), "held_out": len(features)}
 
     def _features(self, encoder: Encoder, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +65,9 @@ def held_out_like(bank: Index, root: Path) -> Index:
         raise UserError(f"{root}: kNN needs class folders in train/ and in a held-out val/ or test/ beside it")
     if bank.classes != test.classes:
         odd = sorted(set(bank.classes) ^ set(test.classes))
-        raise UserError(f"{root}: kNN needs the same classes in {bank.root.name}/ and {test.root.name}/; only one has {odd[:5]}")
+        raise UserError(
+            f"{root}: kNN needs the same classes in {bank.root.name}/ and {test.root.name}/; only one has {odd[:5]}"
+        )
     return test
 
 

@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar on a terminal, a line at each logging step elsewhere."""
 
 import sys
+from datetime import timedelta
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -66,15 +67,9 @@ def _text(row: dict[str, Any]) -> str:
         f"epoch {row['epoch']} loss {_number(row['loss'], '.3f')} "
         f"acc@1 {_number(row['acc1'], '.1%')} acc@5 {_number(row['acc5'], '.1%')} "
         f"{timing['images_per_second']:.0f} images/s data wait {timing['data_wait']:.0%} "
-        f"ETA {_duration(timing['remaining_seconds'])}"
+        f"ETA {timedelta(seconds=round(timing['remaining_seconds']))}"
     )
 
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

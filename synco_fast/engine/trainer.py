@@ -119,16 +119,12 @@ class Trainer:
         self._step_on_device.fill_(self.step)
         momentum_update(self.contrast.key_encoder, self.contrast.query_encoder, config.model.momentum)
 
-        micro_batches = list(
-            zip(*(view.chunk(config.trainer.accumulate) for view in batch.views), strict=True)
-        )
+        micro_batches = list(zip(*(view.chunk(config.trainer.accumulate) for view in batch.views), strict=True))
         row = processes.rank * len(batch.views[0])
         results, keys = [], []
         for i, (query_view, key_view) in enumerate(micro_batches):
             with self._no_sync(unless=i == len(micro_batches) - 1), self._precision():
-                contrast = self.model(
-                    self._images(query_view), self._images(key_view), hard, self._step_on_device, row
-                )
+                contrast = self.model(self._images(query_view), self._images(key_view), hard, self._step_on_device, row)
             with self._no_sync(unless=i == len(micro_batches) - 1):
                 (contrast.result.loss / len(micro_batches)).backward()
             row += len(query_view)
@@ -173,6 +169,7 @@ class Trainer:
     def save(self, *, keep_as_epoch: int | None = None) -> None:
         """Write a checkpoint of a sound state; all processes call it, the main one writes."""
         self._stop_if_not_finite()
+        self._stop_if_weights_overflowed()
         if self.processes.is_main:
             checkpoints.save(self.output, self.state(), keep_as_epoch=keep_as_epoch)
         self.processes.barrier()
@@ -202,7 +199,9 @@ class Trainer:
         means = self.meter.read()
         rate = clock.read()
         remaining = (self.total_steps - self.step) * self.config.data.batch_size / rate["images_per_second"]
-        return self._row("train", epoch) | {"lr": self._lr} | means | {"timing": rate | {"remaining_seconds": remaining}}
+        return (
+            self._row("train", epoch) | {"lr": self._lr} | means | {"timing": rate | {"remaining_seconds": remaining}}
+        )
 
     def _knn_due(self, epoch: int, inside: int, last: bool) -> bool:
         every = self.config.knn.every_epochs
@@ -230,6 +229,15 @@ class Trainer:
             return False
         flag = torch.tensor(float(self._signal is not None), device=self.processes.device)
         return bool(reduce_max(flag))
+
+    def _stop_if_weights_overflowed(self) -> None:
+        """The guard sees a step's loss and gradient, so what its update made of the weights shows one step later."""
+        norms = torch._foreach_norm(list(self.contrast.query_encoder.parameters()))
+        if not bool(torch.stack(norms).isfinite().all()):
+            raise UserError(
+                f"the weights are not finite after step {self.step}; no checkpoint was written of them. Lower optim.lr "
+                f"or optim.weight_decay, and go on from the last checkpoint with --resume auto"
+            )
 
     def _stop_if_not_finite(self) -> None:
         step = self.guard.first_bad_step()

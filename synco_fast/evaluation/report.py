@@ -5,15 +5,15 @@ import html
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from synco_fast import config
-from synco_fast.engine import metrics
 from synco_fast.errors import UserError
 from synco_fast.evaluation import charts
-from synco_fast.files import write_text_atomically
+from synco_fast.files import read_json_lines, write_text_atomically
 
 METHODS = {"moco": "MoCo", "mochi": "MoCHi", "synco": "SynCo"}
 BASELINES = {
@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: not the folder of a run: it has no {name}")
-    rows = metrics.read(folder / "metrics.jsonl")
+    rows = read_json_lines(folder / "metrics.jsonl")
     train = [row for row in rows if row["kind"] == "train"]
     if not train:
         raise UserError(f"{folder}: nothing to report yet: metrics.jsonl has no row of training")
@@ -102,13 +102,6 @@ def baseline_rows(run: Run) -> list[tuple[str, float]]:
 def knn_rows(run: Run) -> list[tuple[str, float]]:
     """(features, kNN accuracy) of the run after each evaluated epoch."""
     return [(f"{run.name} after epoch {row['epoch'] + 1}", row["accuracy"]) for row in run.knn]
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as in 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def write_report(folder: Path) -> Path:
@@ -197,7 +190,7 @@ def _facts(run: Run) -> str:
         ("batch size", f"{run.config.data.batch_size:,}"),
         ("queue", f"{run.config.queue.size:,}"),
         ("synthetic negatives", f"{run.config.negatives.hard().total:,}"),
-        ("training time", duration(run.training_seconds)),
+        ("training time", str(timedelta(seconds=round(run.training_seconds)))),
         ("images/s", f"{run.images_per_second:,.0f}"),
     ]
     if run.knn:

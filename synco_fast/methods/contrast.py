@@ -64,9 +64,7 @@ class MomentumContrast(nn.Module):
         """
         q = F.normalize(self.query_encoder(query_view).float(), dim=1)
         with torch.no_grad():
-            k = F.normalize(
-                self.encode_keys(self.key_encoder, key_view, self.seed, step, row_offset).float(), dim=1
-            )
+            k = F.normalize(self.encode_keys(self.key_encoder, key_view, self.seed, step, row_offset).float(), dim=1)
         result = infonce(
             q,
             k,

@@ -3,15 +3,18 @@
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from synco_fast.errors import UserError
 
 _FAMILIES = ("resnet", "resnext", "wide_resnet")
+NARROW = "resnet10_narrow"
 
 
 def architectures() -> list[str]:
-    """Names of the encoders: torchvision's residual networks."""
-    return [name for name in torchvision.models.list_models(torchvision.models) if name.startswith(_FAMILIES)]
+    """Names of the encoders: torchvision's residual networks, and `resnet10_narrow`, which a CPU trains in minutes."""
+    names = torchvision.models.list_models(torchvision.models)
+    return [NARROW, *(name for name in names if name.startswith(_FAMILIES))]
 
 
 class Encoder(nn.Module):
@@ -19,7 +22,8 @@ class Encoder(nn.Module):
 
     Args:
         arch: a name in `architectures()`.
-        stem: "imagenet", or "cifar" for images of 32 px: a 3x3 convolution of stride 1 and no max-pool.
+        stem: "imagenet", or "cifar" for images of 32 px: a 3x3 convolution of stride 1 and no max-pool. The narrow
+            network has one stem, of stride 2.
         dim: D, dimension of the embedding.
         mlp: 2-layer MLP head (MoCo v2, arXiv 2003.04297), else one linear layer (MoCo v1).
 
@@ -31,19 +35,43 @@ class Encoder(nn.Module):
         super().__init__()
         if arch not in architectures():
             raise UserError(f"model.arch = {arch!r}: no such encoder; choose one of {', '.join(architectures())}")
-        backbone = torchvision.models.get_model(arch, weights=None)
-        if stem == "cifar":
-            backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-            backbone.maxpool = nn.Identity()
-        width = backbone.fc.in_features
-        backbone.fc = nn.Identity()
-        self.backbone = backbone
+        self.backbone, width = _narrow_backbone() if arch == NARROW else _torchvision_backbone(arch, stem)
         hidden = [nn.Linear(width, width), nn.ReLU()] if mlp else []
         self.head = nn.Sequential(*hidden, nn.Linear(width, dim))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
+
+
+def _torchvision_backbone(arch: str, stem: str) -> tuple[nn.Module, int]:
+    """A network of torchvision's without its classifier, and the number of its features."""
+    backbone = torchvision.models.get_model(arch, weights=None)
+    if stem == "cifar":
+        backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    width = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone, width
+
+
+def _narrow_backbone() -> tuple[nn.Module, int]:
+    """A stem and four basic blocks, 24 to 192 channels wide, halving the resolution each; 192 features."""
+    width = 24
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, width, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    for wider in (width, 2 * width, 4 * width, 8 * width):
+        shortcut = nn.Sequential(nn.Conv2d(width, wider, 1, stride=2, bias=False), nn.BatchNorm2d(wider))
+        layers.append(BasicBlock(width, wider, stride=2, downsample=shortcut))
+        width = wider
+    backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return backbone, width
 
 
 @torch.no_grad()

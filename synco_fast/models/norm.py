@@ -34,9 +34,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         share = 1 - (1 - self.momentum) ** (1 / len(groups))
         return torch.cat(
             [
-                F.batch_norm(
-                    group, self.running_mean, self.running_var, self.weight, self.bias, True, share, self.eps
-                )
+                F.batch_norm(group, self.running_mean, self.running_var, self.weight, self.bias, True, share, self.eps)
                 for group in groups
             ]
         )

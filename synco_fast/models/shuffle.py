@@ -38,9 +38,7 @@ def encode_shuffled(encode: Encode, images: Tensor, seed: int, step: Tensor, row
     return encode(_take(images, order))[torch.argsort(order)]
 
 
-def encode_shuffled_over_processes(
-    encode: Encode, images: Tensor, seed: int, step: Tensor, row: int
-) -> Tensor:
+def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, step: Tensor, row: int) -> Tensor:
     """Keys of images shuffled over all processes (MoCo, section 3.3), back in their order and place.
 
     Every process gathers the whole batch and keeps its share of the permutation.

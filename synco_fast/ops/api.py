@@ -162,9 +162,7 @@ def _infonce(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hard = _unpack(counts, strengths, extrapolate_from)
     with torch.autocast(q.device.type, enabled=False):
-        return eager.infonce(
-            q, k, queue, hard, temperature, seed, step, row_offset, _same_class(labels, queue_labels)
-        )
+        return eager.infonce(q, k, queue, hard, temperature, seed, step, row_offset, _same_class(labels, queue_labels))
 
 
 @_infonce.register_fake

@@ -94,9 +94,7 @@ def _same_device(name: str, tensor: Tensor, other: Tensor) -> None:
 
 def _label_vector(name: str, labels: Tensor, rows: Tensor) -> None:
     if labels.dtype != torch.int64 or labels.shape != rows.shape[:1]:
-        raise ValueError(
-            f"{name} must be int64 of shape ({len(rows)},), got {labels.dtype} {tuple(labels.shape)}"
-        )
+        raise ValueError(f"{name} must be int64 of shape ({len(rows)},), got {labels.dtype} {tuple(labels.shape)}")
     _same_device(name, labels, rows)
 
 

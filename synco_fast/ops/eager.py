@@ -61,8 +61,7 @@ def infonce(
     peak = torch.cat([positive, similarity.amax(dim=1, keepdim=True)], dim=1)
     peak = torch.cat([peak, *(form.similarity for form in forms)], dim=1).amax(dim=1, keepdim=True)
     weight_positive, weights, *synthetic_weights = (
-        ((s - peak) / temperature).exp()
-        for s in (positive, similarity, *(form.similarity for form in forms))
+        ((s - peak) / temperature).exp() for s in (positive, similarity, *(form.similarity for form in forms))
     )
     sums = [w.sum(dim=1) for w in (weight_positive, weights, *synthetic_weights)]
     total = torch.stack(sums).sum(dim=0)
@@ -137,7 +136,7 @@ def _closed_form(
 
 
 def _spread(form: ClosedForm, weight: Tensor, weights: Tensor, q: Tensor) -> Tensor:
-    """Add sum_s weight_s v_s to the gradient: the parents' share into weights (B, K), in place; the rest is returned."""
+    """Add sum_s weight_s v_s to the gradient: the parents' share into weights (B, K), in place; returns the rest."""
     for term, parent in zip(form.on_parents, form.parents.unbind(-1), strict=True):
         weights.scatter_add_(1, parent, weight * term)
     rest = (weight * form.on_query).sum(dim=1, keepdim=True) * q

@@ -33,9 +33,7 @@ def philox(seed: int, *counter: Tensor | int, device: torch.device | None = None
         raise ValueError(f"philox takes 4 counter words, got {len(counter)}")
     if device is None:
         device = next((c.device for c in counter if isinstance(c, Tensor)), torch.device("cpu"))
-    words = torch.broadcast_tensors(
-        *(torch.as_tensor(c, dtype=torch.int64, device=device) & _MASK for c in counter)
-    )
+    words = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) & _MASK for c in counter))
     # In place on four buffers and a spare one: a fresh allocation for each of a round's steps costs more than the
     # step. The multiplied words need clean high bits; the others are only xor-ed, and masked when their turn comes.
     c0, c1, c2, c3 = (word.clone(memory_format=torch.contiguous_format) for word in words)

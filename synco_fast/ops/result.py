@@ -52,9 +52,7 @@ def stat_names(hard: HardNegatives) -> tuple[str, ...]:
     return (*names, "synthetic_share", "hard_similarity") if hard.total else names
 
 
-def pack_stats(
-    rank: Tensor, positive: Tensor, masses: list[Tensor], hard_similarity: Tensor | None
-) -> Tensor:
+def pack_stats(rank: Tensor, positive: Tensor, masses: list[Tensor], hard_similarity: Tensor | None) -> Tensor:
     """Values of `stat_names` as one float32 vector.
 
     Args:

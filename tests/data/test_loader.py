@@ -99,9 +99,7 @@ def test_seeds_differ(index: Index) -> None:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_are_the_single_process(index: Index, world_size: int) -> None:
     whole = batches(index, 3, epoch=1, step=5)
-    ranks = [
-        batches(index, 3, epoch=1, step=5, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
+    ranks = [batches(index, 3, epoch=1, step=5, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         for view in range(2):
             assert torch.equal(batch.views[view], torch.cat([rank[step].views[view] for rank in ranks]))

@@ -46,9 +46,7 @@ def neutral(paths: list[Path]) -> ViewParameters:
 
 def normalised(paths: list[Path], views: list[ViewParameters], dtype: torch.dtype) -> list[torch.Tensor]:
     """Both views as the pipeline gives them, (B, SIZE, SIZE, 3)."""
-    batches = iter(
-        [[[read_image(path)[0] for path in paths], *view_inputs(views[0]), *view_inputs(views[1])]]
-    )
+    batches = iter([[[read_image(path)[0] for path in paths], *view_inputs(views[0]), *view_inputs(views[1])]])
     pipeline = train_pipeline(
         lambda: next(batches),
         batch_size=len(paths),
@@ -138,9 +136,7 @@ def test_blur_is_gaussian(photographs: list[Path], sigma: float) -> None:
     view = neutral(photographs)
     plain, blurred = pixels(photographs, [view, with_all(view, blur_sigma=sigma)])
     radius = int(np.ceil(3 * sigma))
-    expected = ndimage.gaussian_filter(
-        plain, (0, sigma, sigma, 0), mode="mirror", radius=(0, radius, radius, 0)
-    )
+    expected = ndimage.gaussian_filter(plain, (0, sigma, sigma, 0), mode="mirror", radius=(0, radius, radius, 0))
     assert np.abs(blurred - expected).max() < 1.01
 
 
@@ -179,7 +175,5 @@ def test_hue_keeps_grey_and_turns_red_to_green_in_a_third(photographs: list[Path
 
 def test_missing_dali_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(
-        UserError, match=r"install the cuda12 or the cuda13 extra.*pip install -e \.\[cuda12\]"
-    ):
+    with pytest.raises(UserError, match=r"install the cuda12 or the cuda13 extra.*pip install -e \.\[cuda12\]"):
         dali()

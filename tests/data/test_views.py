@@ -17,9 +17,7 @@ V2 = RECIPES["moco_v2"]
 FIELDS = [field.name for field in dataclasses.fields(ViewParameters)]
 
 
-def draw(
-    recipe: Recipe = V2, size: tuple[int, int] = (375, 500), n: int = N, view: int = 0
-) -> ViewParameters:
+def draw(recipe: Recipe = V2, size: tuple[int, int] = (375, 500), n: int = N, view: int = 0) -> ViewParameters:
     return view_parameters(torch.tensor([size]).expand(n, 2), recipe, 11, 4, torch.arange(n), view)
 
 
@@ -90,9 +88,7 @@ def test_crop_falls_back_to_torchvisions_centre(size: tuple[int, int]) -> None:
     # Nothing of at least 90% of the area fits in these sizes, but for the single pixel.
     recipe = dataclasses.replace(V2, crop_scale=(0.9, 1.0))
     views = draw(recipe, size, n=20)
-    expected = RandomResizedCrop.get_params(
-        torch.empty(3, *size), list(recipe.crop_scale), list(recipe.crop_ratio)
-    )
+    expected = RandomResizedCrop.get_params(torch.empty(3, *size), list(recipe.crop_scale), list(recipe.crop_ratio))
     ours = torch.cat([views.start, views.shape], dim=1)
     assert ours.tolist() == [list(expected)] * 20
 

@@ -17,7 +17,7 @@ def freeze_batch_norm(module: torch.nn.Module) -> None:
 
 
 def main(config_file: str, folder: str, mode: str, *overrides: str) -> None:
-    """`gradient`: loss and gradient of the first step, batch norm frozen. `steps`: train, then save this rank's state."""
+    """`gradient`: loss and gradient of the first step, batch norm frozen. `steps`: train. Then save the state."""
     config = load(Path(config_file), [*overrides, f"output={folder}/run"])
     processes = distributed.start(torch.device("cpu"))
     trainer = build(config, processes, None)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from synco_fast.engine import checkpoints, metrics
+from synco_fast.engine import checkpoints
+from synco_fast.files import read_json_lines
 from tests.conftest import SYNCO_FAST, environment
 
 
@@ -44,7 +45,7 @@ def final_state(output: Path) -> dict[str, Any]:
 
 def rows(output: Path) -> list[dict[str, Any]]:
     """A run's metrics without timings."""
-    found = metrics.read(output / "metrics.jsonl")
+    found = read_json_lines(output / "metrics.jsonl")
     for row in found:
         row.pop("timing", None)
     return found

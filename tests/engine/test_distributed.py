@@ -19,9 +19,7 @@ def launch(processes: int, config: Path, folder: Path, mode: str, *overrides: st
     folder.mkdir()
     worker = ["-m", "tests.engine.distributed_worker", str(config), str(folder), mode, *overrides]
     command = [*TORCHRUN, f"--nproc-per-node={processes}", *worker]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     paths = [folder / f"rank-{rank}-of-{processes}.pt" for rank in range(processes)]
     return [torch.load(path, weights_only=True) for path in paths]

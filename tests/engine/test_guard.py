@@ -21,9 +21,7 @@ def test_latches_the_first_bad_step() -> None:
     assert guard.values is not None and guard.values.tolist() == [1.0]
 
 
-def test_a_run_that_diverges(
-    images: Path, tiny: Path, tmp_path: Path, synco_fast: Callable[..., object]
-) -> None:
+def test_a_run_that_diverges(images: Path, tiny: Path, tmp_path: Path, synco_fast: Callable[..., object]) -> None:
     """The rate overflows the weights at the first step; the host looks at the fifth."""
     output = tmp_path / "run"
     options = ["--set", "optim.lr=1e38", "--set", "trainer.log_every=5"]

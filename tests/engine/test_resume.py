@@ -37,9 +37,7 @@ def check_same(output: Path, undisturbed: Path) -> None:
 def test_killed_at_random_steps(images: Path, tiny: Path, tmp_path: Path, undisturbed: Path) -> None:
     """SIGKILL at 5 random steps of 24, with checkpoints every 4 steps and epochs of 6."""
     output = tmp_path / "run"
-    command = pretrain_command(
-        tiny, images, output, "--set", "knn.every_epochs=2", "--set", "checkpoint.every_steps=4"
-    )
+    command = pretrain_command(tiny, images, output, "--set", "knn.every_epochs=2", "--set", "checkpoint.every_steps=4")
     steps = sorted(random.Random(0).sample(range(2, STEPS), 5))
     for step in steps:
         kill_after(command, step)
@@ -54,9 +52,7 @@ def test_killed_at_random_steps(images: Path, tiny: Path, tmp_path: Path, undist
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_by_signal(
-    number: int, images: Path, tiny: Path, tmp_path: Path, undisturbed: Path
-) -> None:
+def test_stopped_by_signal(number: int, images: Path, tiny: Path, tmp_path: Path, undisturbed: Path) -> None:
     """The step is finished, the checkpoint is of that very step, the exit code is 75, and the run goes on."""
     command = pretrain_command(tiny, images, tmp_path / "run", "--set", "knn.every_epochs=2")
     code, output = run_until(command, 8, number)

@@ -13,7 +13,7 @@ from PIL import Image
 from synco_fast import config
 from synco_fast.errors import UserError
 from synco_fast.evaluation import charts
-from synco_fast.evaluation.report import duration, write_report
+from synco_fast.evaluation.report import write_report
 from synco_fast.ops import KINDS
 
 HOSTILE = """"'></pre></title></style><script>alert(1)</script><img src=x onerror=alert(2)>&amp;$title ${x}"""
@@ -278,13 +278,3 @@ def test_the_pace_weighs_rows_by_their_time(tmp_path: Path) -> None:
     ]
     page = read(write_report(write_run(tmp_path / "run", rows)))
     assert "images/s55" in page.text and "training time0:00:02" in page.text
-
-
-def test_duration() -> None:
-    assert [duration(seconds) for seconds in (0, 59.6, 3599, 3600, 36061)] == [
-        "0:00:00",
-        "0:01:00",
-        "0:59:59",
-        "1:00:00",
-        "10:01:01",
-    ]

@@ -9,11 +9,11 @@ from synco_fast.models.encoders import Encoder, architectures, momentum_update
 from synco_fast.models.queue import KeyQueue
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet10_narrow", "resnet18", "resnet50"])
 @pytest.mark.parametrize("mlp", [True, False])
 def test_encoder_shapes(arch: str, mlp: bool) -> None:
     encoder = Encoder(arch, dim=24, mlp=mlp).eval()
-    width = {"resnet18": 512, "resnet50": 2048}[arch]
+    width = {"resnet10_narrow": 192, "resnet18": 512, "resnet50": 2048}[arch]
     images = torch.randn(2, 3, 64, 64)
     assert encoder.backbone(images).shape == (2, width)
     assert encoder(images).shape == (2, 24)
@@ -35,10 +35,7 @@ def test_unknown_architecture_names_the_known_ones() -> None:
 def test_momentum_update_moves_parameters_and_leaves_buffers() -> None:
     query, key = Encoder("resnet18", dim=4), Encoder("resnet18", dim=4)
     query.backbone.bn1.running_mean.fill_(7.0)
-    expected = [
-        0.9 * k.double() + 0.1 * q.double()
-        for k, q in zip(key.parameters(), query.parameters(), strict=True)
-    ]
+    expected = [0.9 * k.double() + 0.1 * q.double() for k, q in zip(key.parameters(), query.parameters(), strict=True)]
     momentum_update(key, query, 0.9)
     for got, want in zip(key.parameters(), expected, strict=True):
         assert torch.allclose(got.double(), want, atol=1e-6)

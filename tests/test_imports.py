@@ -1,0 +1,42 @@
+"""Imports point one way: ops <- methods <- engine <- cli; data and models do not know methods."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "synco_fast"
+FORBIDDEN = {
+    "ops": {"config", "data", "models", "methods", "engine", "evaluation", "cli", "demo", "errors", "files"},
+    "data": {"config", "models", "methods", "engine", "evaluation", "cli", "demo"},
+    "models": {"config", "data", "methods", "engine", "evaluation", "cli", "demo"},
+    "methods": {"config", "data", "engine", "evaluation", "cli", "demo"},
+    "evaluation": {"methods", "engine", "cli", "demo"},
+    "engine": {"cli", "demo"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_a_room_imports_only_what_is_below_it(room: str) -> None:
+    files = list((PACKAGE / room).glob("*.py"))
+    assert files
+    for path in files:
+        rooms = {name.split(".")[1] for name in imported(path) if name.startswith("synco_fast.")}
+        assert not rooms & FORBIDDEN[room], path
+
+
+def test_ops_needs_torch_and_nothing_else_to_install() -> None:
+    for path in (PACKAGE / "ops").glob("*.py"):
+        outside = {name.split(".")[0] for name in imported(path)} - {"synco_fast", "torch"}
+        standard = {"collections", "dataclasses", "functools", "logging", "math", "os", "typing"}
+        assert outside <= standard, path
