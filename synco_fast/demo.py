@@ -9,20 +9,17 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from synco_fast import doctor
 from synco_fast.config import Config, load
 from synco_fast.data.grid import save_grid
 from synco_fast.data.index import Index, scan
-from synco_fast.data.loader import EvalLoader
 from synco_fast.data.order import epoch_order
 from synco_fast.data.procedural import write_demo_set
 from synco_fast.data.recipes import RECIPES
 from synco_fast.engine import checkpoints
 from synco_fast.engine.distributed import Processes, choose_device
 from synco_fast.engine.evaluate import query_encoder
-from synco_fast.engine.probe import DTYPES, held_out_like
+from synco_fast.engine.probe import evaluation_loader, held_out_like
 from synco_fast.engine.run import build_contrast, pretrain
 from synco_fast.errors import Interrupted
 from synco_fast.evaluation.baselines import knn_baselines
@@ -86,12 +83,12 @@ def measure_baselines(config: Config, bank: Index, held_out: Index) -> dict[str,
             return known
     _say("measuring kNN accuracy without training")
     device = choose_device(config.trainer.device)
-    start = build_contrast(config, Processes(0, 1, device)).state_dict()
+    alone = Processes(0, 1, device)
+    start = build_contrast(config, alone).state_dict()
+    shuffled = bank.take(epoch_order(len(bank), config.seed, epoch=0).tolist())
     accuracy = knn_baselines(
         query_encoder({"model": start}, config).backbone.to(device),
-        _loader(config, bank, device),
-        _loader(config, held_out, device),
-        _loader(config, bank.take(epoch_order(len(bank), config.seed, epoch=0).tolist()), device),
+        *(evaluation_loader(config, alone, index) for index in (bank, held_out, shuffled)),
         k=config.knn.k,
         temperature=config.knn.temperature,
         device=device,
@@ -104,20 +101,6 @@ def measure_baselines(config: Config, bank: Index, held_out: Index) -> dict[str,
 
 def _say(stage: str) -> None:
     print(stage, file=sys.stderr, flush=True)
-
-
-def _loader(config: Config, index: Index, device: torch.device) -> EvalLoader:
-    data = config.data
-    return EvalLoader(
-        index,
-        batch_size=data.batch_size,
-        image_size=data.image_size,
-        resize=data.eval_resize,
-        dtype=DTYPES[data.dtype],
-        device=device,
-        threads=data.threads,
-        prefetch=data.prefetch,
-    )
 
 
 def _record_environment(output: Path) -> None:

@@ -36,22 +36,28 @@ class KnnProbe:
         return {"accuracy": accuracy, "k": k, "bank": len(bank), "held_out": len(features)}
 
     def _features(self, encoder: Encoder, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
-        data, processes = self.config.data, self.processes
-        loader = EvalLoader(
-            index,
-            batch_size=max(1, data.batch_size // processes.world_size),
-            image_size=data.image_size,
-            resize=data.eval_resize,
-            dtype=DTYPES[data.dtype],
-            device=processes.device,
-            threads=data.threads,
-            prefetch=data.prefetch,
-            rank=processes.rank,
-            world_size=processes.world_size,
-        )
+        processes = self.processes
+        loader = evaluation_loader(self.config, processes, index)
         bf16 = self.config.trainer.precision == "bf16"
         features, labels = extract(encoder.backbone, loader, device=processes.device, bf16=bf16)
         return _gather(features, len(index), processes), _gather(labels, len(index), processes)
+
+
+def evaluation_loader(config: Config, processes: Processes, index: Index) -> EvalLoader:
+    """This process's share of an index, prepared for evaluation as the configuration says."""
+    data = config.data
+    return EvalLoader(
+        index,
+        batch_size=max(1, data.batch_size // processes.world_size),
+        image_size=data.image_size,
+        resize=data.eval_resize,
+        dtype=DTYPES[data.dtype],
+        device=processes.device,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
 
 
 def held_out_like(bank: Index, root: Path) -> Index:

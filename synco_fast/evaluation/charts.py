@@ -77,7 +77,7 @@ def learning(rows: Rows, warmup_end: int | None) -> str:
         right.plot(steps, _column(rows, "acc5"), "--", marker=_marker(rows), color=ORANGE, label="acc@5")
         right.set_title(f"proxy accuracy{note}")
         _percent(right)
-        right.legend(loc="lower right")
+        right.legend(loc="upper right")
         for ax in (left, right):
             ax.set_xlim(0, steps[-1] * _ROOM)
             if warmup_end is not None:
