@@ -4,9 +4,11 @@ Nothing is built from a configuration that did not pass `load`: unknown keys, wr
 work are refused together, each by its path. What depends on the number of processes is checked by `check_processes`.
 """
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from synco_fast import config_text
@@ -67,7 +69,7 @@ class BatchNorm(Section):
     mode: Literal["plain", "split", "sync", "shuffle"] = Field(
         "split",
         description="split: virtual groups with shuffled keys; shuffle: keys shuffled over processes; "
-        "sync: over all processes; plain: each process as it is (leaks on one process)",
+        "plain (each process) and sync (all of them): a key shares statistics with its query, which leaks; to compare",
     )
     group_size: Annotated[int, Field(ge=2, le=COUNT_MAX)] = Field(32, description="samples of one group in mode split")
 
@@ -179,6 +181,8 @@ class Config(Section):
         return config_text.to_yaml(self.model_dump())
 
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 PRESETS = {"moco": HardNegatives.none(), "mochi": HardNegatives.mochi(), "synco": HardNegatives.synco()}
 _METHOD_KINDS = {"moco": (), "mochi": ("interpolated", "mixed"), "synco": KINDS}
 
@@ -228,7 +232,7 @@ def key_paths() -> dict[str, str]:
 def _conflicts(config: Config) -> list[str]:
     """Combinations that cannot work, whatever the number of processes."""
     data, queue, negatives = config.data, config.queue, config.negatives
-    problems = []
+    problems = _architecture_conflicts(config.model)
     for kind in KINDS:
         count = getattr(negatives, kind)
         if count and kind not in _METHOD_KINDS[config.method]:
@@ -263,12 +267,28 @@ def _conflicts(config: Config) -> list[str]:
             f"negatives.warmup_epochs = {negatives.warmup_epochs}: must be below trainer.epochs = "
             f"{config.trainer.epochs}, or no synthetic negative is ever made"
         )
+    if config.optim.schedule == "step" and config.optim.milestones[-1:] >= [config.trainer.epochs]:
+        problems.append(
+            f"optim.milestones = {config.optim.milestones}: must be below trainer.epochs = {config.trainer.epochs}"
+        )
     if config.optim.warmup_epochs >= config.trainer.epochs:
         problems.append(
             f"optim.warmup_epochs = {config.optim.warmup_epochs}: "
             f"must be below trainer.epochs = {config.trainer.epochs}"
         )
     return problems or _group_conflicts(config, processes=1)
+
+
+def _architecture_conflicts(model: Model) -> list[str]:
+    from synco_fast.models.encoders import NARROW, architectures  # torchvision takes a second to import
+
+    if model.arch not in architectures():
+        nearest = difflib.get_close_matches(model.arch, architectures(), n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(architectures())}"
+        return [f"model.arch = {model.arch!r}: no such encoder; {hint}"]
+    if model.arch == NARROW and model.stem != "imagenet":
+        return [f"model.stem = {model.stem}: {NARROW} has one stem of its own; leave model.stem at imagenet"]
+    return []
 
 
 def check_processes(config: Config, processes: int) -> None:

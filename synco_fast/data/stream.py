@@ -107,16 +107,14 @@ class Stream:
         return outputs
 
     def _outputs(self) -> tuple[Tensor, ...]:
-        # On a GPU the outputs are ordered on torch's stream, without the host waiting. Memory goes back to
-        # DALI when torch drops it, and DALI itself waits for the device's pending work before using it again.
+        # On a GPU the outputs are ordered on torch's stream, without the host waiting. Memory goes back to DALI when
+        # torch drops it; that DALI waits for the device's pending work before using it again is read from its source
+        # and not yet tested on a GPU.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             batches = self._pipeline.share_outputs(stream)
         except RuntimeError as error:
-            fault = _undecodable(self._running[0].paths)
-            if fault is None:
-                raise
-            raise fault from error
+            raise _explain(error, self._running[0].paths) from error
         outputs = tuple(from_dlpack(batch.as_tensor()) for batch in batches)
         self._pipeline.release_outputs()
         return outputs
@@ -156,10 +154,13 @@ def _assemble(request: Request, parts: list[Future[list[Image]]]) -> Arrays:
     return [[data for data, _ in rows], *request.inputs(sizes)]
 
 
-def _undecodable(paths: list[Path]) -> UserError | None:
-    """An error naming the files whose pixels cannot be decoded; None if all can."""
+def _explain(error: RuntimeError, paths: list[Path]) -> Exception:
+    """A pipeline's error, naming the files whose pixels cannot be decoded or, if PIL decodes all, the whole batch's."""
     faults = [(path, decoding_fault(path)) for path in paths]
     named = [f"image file {path} cannot be decoded: {fault}" for path, fault in faults if fault is not None]
+    if not named and "decod" not in str(error):
+        return error
     if not named:
-        return None
+        names = ", ".join(path.name for path in paths)
+        return UserError(f"DALI cannot decode an image of this batch ({names}), although PIL can: {error}")
     return UserError("; ".join(named) + "; replace or remove " + ("it" if len(named) == 1 else "them"))

@@ -31,7 +31,10 @@ def knn(checkpoint: Path, data: Path, *, k: int, temperature: float) -> dict[str
         raise UserError(f"{checkpoint}: its weights do not fit its own configuration: {reason}") from error
     # Where the run was pretrained says nothing about where it is evaluated.
     processes = distributed.start(distributed.choose_device("auto"))
-    return KnnProbe(config, processes, bank, test).measure(encoder.to(processes.device))
+    try:
+        return KnnProbe(config, processes, bank, test).measure(encoder.to(processes.device))
+    finally:
+        distributed.stop()
 
 
 def query_encoder(state: dict[str, Any], config: Config) -> Encoder:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class Meter:
         return named(self.names, means)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums.clone(), "steps": self._steps}
+        """The mean over the processes of their sums; all of them call it, and all of them load it."""
+        return {"sums": reduce_mean(self._sums).clone(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sums.copy_(state["sums"])
@@ -96,6 +98,10 @@ class MetricsLog:
         for name, value in {**row, **row.get("timing", {})}.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def sync(self) -> None:
+        """Have what was written on disk: a checkpoint stands for the rows before it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

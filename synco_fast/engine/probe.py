@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from synco_fast.config import Config
+from synco_fast.config import DTYPES, Config
 from synco_fast.data.index import Index, held_out
 from synco_fast.data.loader import EvalLoader
 from synco_fast.engine.distributed import Processes
@@ -14,8 +14,6 @@ from synco_fast.evaluation.features import extract
 from synco_fast.evaluation.knn import knn_accuracy
 from synco_fast.models.encoders import Encoder
 from synco_fast.models.shuffle import all_gather_rows, broadcast_buffers
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class KnnProbe:

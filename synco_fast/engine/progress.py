@@ -61,10 +61,10 @@ def _console() -> Any:
 
 def _text(row: dict[str, Any]) -> str:
     if row["kind"] == "knn":
-        return f"epoch {row['epoch']}: kNN accuracy {row['accuracy']:.1%}"
+        return f"epoch {row['epoch'] + 1}: kNN accuracy {row['accuracy']:.1%}"
     timing = row["timing"]
     return (
-        f"epoch {row['epoch']} loss {_number(row['loss'], '.3f')} "
+        f"epoch {row['epoch'] + 1} loss {_number(row['loss'], '.3f')} "
         f"acc@1 {_number(row['acc1'], '.1%')} acc@5 {_number(row['acc5'], '.1%')} "
         f"{timing['images_per_second']:.0f} images/s data wait {timing['data_wait']:.0%} "
         f"ETA {timedelta(seconds=round(timing['remaining_seconds']))}"

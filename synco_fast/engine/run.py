@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from synco_fast.config import Config, check_processes
+from synco_fast.config import DTYPES, Config, check_processes
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.recipes import RECIPES
 from synco_fast.engine import checkpoints, distributed
 from synco_fast.engine.distributed import Processes
-from synco_fast.engine.probe import DTYPES, KnnProbe, held_out_like
+from synco_fast.engine.probe import KnnProbe, held_out_like
 from synco_fast.engine.trainer import Trainer
 from synco_fast.errors import UserError
 from synco_fast.files import write_text_atomically
@@ -112,7 +112,6 @@ def build_encoder(config: Config, device: torch.device) -> torch.nn.Module:
 def build_loader(config: Config, processes: Processes, index: Index, step: int) -> TrainLoader:
     """This process's share of the training data, from a global step on."""
     data = config.data
-    steps_per_epoch = max(1, len(index) // data.batch_size)
     return TrainLoader(
         index,
         batch_size=data.batch_size,
@@ -125,8 +124,7 @@ def build_loader(config: Config, processes: Processes, index: Index, step: int) 
         prefetch=data.prefetch,
         rank=processes.rank,
         world_size=processes.world_size,
-        epoch=step // steps_per_epoch,
-        step=step % steps_per_epoch,
+        step=step,
     )
 
 
@@ -153,6 +151,10 @@ def _checkpoint_to_resume(output: Path, resume: str | None) -> Path | None:
         return None
     if resume == "auto":
         return latest if latest.exists() else None
+    if latest.exists() and Path(resume).resolve().parent != latest.parent.resolve():
+        raise UserError(
+            f"{output} already holds another run than {resume}, which would replace it; choose another --set output=DIR"
+        )
     return Path(resume)
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from synco_fast.config import Config
 from synco_fast.data.loader import Batch, TrainLoader
 from synco_fast.engine import checkpoints, optim
-from synco_fast.engine.distributed import Processes, reduce_max
+from synco_fast.engine.distributed import Processes, reduce_max, reduce_mean
 from synco_fast.engine.guard import NonFiniteGuard
 from synco_fast.engine.metrics import Meter, MetricsLog, named
 from synco_fast.engine.probe import KnnProbe
@@ -61,6 +61,7 @@ class Trainer:
         self.step = 0
         self._step_on_device = torch.zeros((), dtype=torch.int64, device=processes.device)
         self._signal: int | None = None
+        self._metrics: MetricsLog | None = None
 
     def run(self) -> None:
         """Train to the end.
@@ -69,21 +70,22 @@ class Trainer:
             Interrupted: by SIGTERM or SIGINT, after the step was finished and a checkpoint written.
             UserError: the loss or a gradient was not finite.
         """
-        metrics = MetricsLog(self.output, self.step) if self.processes.is_main else None
+        self._metrics = MetricsLog(self.output, self.step) if self.processes.is_main else None
         progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
         if self.step >= self.total_steps:
             progress.say(f"nothing to do: step {self.step} of {self.total_steps} is done")
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._loop(metrics, progress)
+            self._loop(progress)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             progress.close()
-            if metrics is not None:
-                metrics.close()
+            self.loader.close()
+            if self._metrics is not None:
+                self._metrics.close()
 
-    def _loop(self, metrics: MetricsLog | None, progress: TrainingProgress) -> None:
+    def _loop(self, progress: TrainingProgress) -> None:
         clock = _Clock(self.config.data.batch_size)
         while self.step < self.total_steps:
             with clock.waiting():
@@ -98,15 +100,13 @@ class Trainer:
             if logging:
                 self._stop_if_not_finite()
                 row = self._train_row(batch.epoch, clock)
-                progress.report(row)
-                _write(metrics, row)
+                self._report(row, progress)
             if self._knn_due(epoch, inside, last):
                 assert self.probe is not None
                 row = self._row("knn", batch.epoch) | self.probe.measure(self.contrast.query_encoder)
-                progress.report(row)
-                _write(metrics, row)
+                self._report(row, progress)
                 clock.restart()
-            interrupted = self._interrupted(agree=logging)
+            interrupted = not last and self._interrupted(agree=logging)
             if self._checkpoint_due(epoch, inside, last) or interrupted:
                 self.save(keep_as_epoch=self._epoch_to_keep(epoch, inside, last))
             if interrupted:
@@ -124,16 +124,19 @@ class Trainer:
         results, keys = [], []
         for i, (query_view, key_view) in enumerate(micro_batches):
             with self._no_sync(unless=i == len(micro_batches) - 1), self._precision():
-                contrast = self.model(self._images(query_view), self._images(key_view), hard, self._step_on_device, row)
+                contrast = self.model(
+                    self._images(query_view), self._images(key_view), hard, self._step_on_device, row, i
+                )
             with self._no_sync(unless=i == len(micro_batches) - 1):
                 (contrast.result.loss / len(micro_batches)).backward()
             row += len(query_view)
             results.append(contrast.result)
             keys.append(contrast.keys)
 
-        norm = nn.utils.clip_grad_norm_(
-            self.contrast.query_encoder.parameters(), config.optim.clip_norm or float("inf"), foreach=True
-        )
+        parameters = list(self.contrast.query_encoder.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if config.optim.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_norm, norm, foreach=True)
         values = self.meter.values(results, norm)
         self.guard.watch(values[0], norm, self._step_on_device, values)
         self._lr = self._learning_rate()
@@ -144,7 +147,7 @@ class Trainer:
         self.step += 1
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """What a checkpoint holds. All processes call it."""
         cuda = self.processes.device.type == "cuda"
         return {
             "config": self.config.model_dump(),
@@ -170,8 +173,10 @@ class Trainer:
         """Write a checkpoint of a sound state; all processes call it, the main one writes."""
         self._stop_if_not_finite()
         self._stop_if_weights_overflowed()
-        if self.processes.is_main:
-            checkpoints.save(self.output, self.state(), keep_as_epoch=keep_as_epoch)
+        state = self.state()
+        if self._metrics is not None:
+            self._metrics.sync()
+            checkpoints.save(self.output, state, keep_as_epoch=keep_as_epoch)
         self.processes.barrier()
 
     def _learning_rate(self) -> float:
@@ -192,6 +197,11 @@ class Trainer:
             return contextlib.nullcontext()
         return self.model.no_sync()
 
+    def _report(self, row: dict[str, Any], progress: TrainingProgress) -> None:
+        progress.report(row)
+        if self._metrics is not None:
+            self._metrics.write(row)
+
     def _row(self, kind: str, epoch: int) -> dict[str, Any]:
         return {"kind": kind, "step": self.step, "epoch": epoch}
 
@@ -210,22 +220,24 @@ class Trainer:
     def _checkpoint_due(self, epoch: int, inside: int, last: bool) -> bool:
         settings = self.config.checkpoint
         by_step = settings.every_steps is not None and self.step % settings.every_steps == 0
-        return last or by_step or (inside == 0 and epoch % settings.every_epochs == 0)
+        by_epoch = inside == 0 and (epoch % settings.every_epochs == 0 or epoch % settings.keep_every == 0)
+        return last or by_step or by_epoch
 
     def _epoch_to_keep(self, epoch: int, inside: int, last: bool) -> int | None:
         keep = inside == 0 and (last or epoch % self.config.checkpoint.keep_every == 0)
         return epoch if keep else None
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal is not None:
+        # A second Ctrl-C means now. A second SIGTERM means nothing: schedulers and torchrun send one each.
+        if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
 
     def _interrupted(self, agree: bool) -> bool:
-        """Whether to stop here. Processes must stop at the same step, so several agree at logging steps only."""
+        """Whether to stop here. Processes must stop at the same step, so several on GPUs agree when they log."""
         if self.processes.world_size == 1:
             return self._signal is not None
-        if not agree:
+        if not agree and self.processes.device.type == "cuda":
             return False
         flag = torch.tensor(float(self._signal is not None), device=self.processes.device)
         return bool(reduce_max(flag))
@@ -235,8 +247,8 @@ class Trainer:
         norms = torch._foreach_norm(list(self.contrast.query_encoder.parameters()))
         if not bool(torch.stack(norms).isfinite().all()):
             raise UserError(
-                f"the weights are not finite after step {self.step}; no checkpoint was written of them. Lower optim.lr "
-                f"or optim.weight_decay, and go on from the last checkpoint with --resume auto"
+                f"the weights are not finite after step {self.step}; no checkpoint was written of them. Start anew in "
+                f"another output folder with a lower optim.lr or optim.weight_decay"
             )
 
     def _stop_if_not_finite(self) -> None:
@@ -244,20 +256,21 @@ class Trainer:
         if step is None:
             return
         assert self.guard.values is not None
+        values = reduce_mean(self.guard.values).tolist()
         epoch, inside = divmod(step, self.steps_per_epoch)
         path = self.output / f"nonfinite-step-{step}.json"
         if self.processes.is_main:
             evidence = {
                 "step": step,
                 "epoch": epoch,
-                "metrics": named(self.meter.names, self.guard.values.tolist()),
+                "metrics": named(self.meter.names, values),
                 "files": self.loader.files_at(epoch, inside),
             }
             write_text_atomically(path, json.dumps(evidence, indent=1))
         raise UserError(
             f"the loss or a gradient was not finite at step {step} (epoch {epoch}); updates were masked from then on. "
-            f"{path} has that step's metrics and image files. Lower optim.lr, raise loss.temperature, or set "
-            f"optim.clip_norm, and go on from the last checkpoint with --resume auto"
+            f"{path} has that step's metrics and image files. Start anew in another output folder with a lower "
+            f"optim.lr, a higher loss.temperature, or optim.clip_norm"
         )
 
 
@@ -289,8 +302,3 @@ class _Clock:
         }
         self.restart()
         return rates
-
-
-def _write(metrics: MetricsLog | None, row: dict[str, Any]) -> None:
-    if metrics is not None:
-        metrics.write(row)

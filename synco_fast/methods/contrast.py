@@ -52,7 +52,13 @@ class MomentumContrast(nn.Module):
         self.key_encoder.load_state_dict(self.query_encoder.state_dict())
 
     def forward(
-        self, query_view: Tensor, key_view: Tensor, hard: HardNegatives, step: Tensor, row_offset: int
+        self,
+        query_view: Tensor,
+        key_view: Tensor,
+        hard: HardNegatives,
+        step: Tensor,
+        row_offset: int,
+        micro_batch: int = 0,
     ) -> Contrast:
         """Contrast two views of the same images (MoCo, Algorithm 1; SynCo, Algorithm 1).
 
@@ -61,10 +67,11 @@ class MomentumContrast(nn.Module):
             hard: synthetic negatives of this step.
             step: int64 scalar tensor.
             row_offset: row of the first image in the global batch.
+            micro_batch: number of this batch within the step.
         """
         q = F.normalize(self.query_encoder(query_view).float(), dim=1)
         with torch.no_grad():
-            k = F.normalize(self.encode_keys(self.key_encoder, key_view, self.seed, step, row_offset).float(), dim=1)
+            k = F.normalize(self.encode_keys(self.key_encoder, key_view, self.seed, step, micro_batch).float(), dim=1)
         result = infonce(
             q,
             k,

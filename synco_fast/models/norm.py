@@ -62,11 +62,11 @@ def use_sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
-def key_permutation(samples: int, seed: int, step: Tensor, row: int) -> Tensor:
-    """A random permutation (samples,) int64 as a function of (seed, step, row), made on the step's device.
+def key_permutation(samples: int, seed: int, step: Tensor, micro_batch: int) -> Tensor:
+    """A random permutation (samples,) int64 as a function of (seed, step, micro_batch), made on the step's device.
 
-    `row` is the global row of the first sample, which tells micro-batches and processes apart.
+    It is the same on every process, so that they can shuffle their samples together.
     """
     # The third counter word sets these draws apart from the op's, whose kinds are below 6.
-    words = philox(seed, torch.arange(samples, device=step.device), row, 0xFF, step)
+    words = philox(seed, torch.arange(samples, device=step.device), micro_batch, 0xFF, step)
     return torch.argsort((words[0] << 31) ^ words[1], stable=True)

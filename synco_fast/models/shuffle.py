@@ -27,26 +27,25 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def encode_in_order(encode: Encode, images: Tensor, seed: int, step: Tensor, row: int) -> Tensor:
+def encode_in_order(encode: Encode, images: Tensor, seed: int, step: Tensor, micro_batch: int) -> Tensor:
     """Keys (B, D) of images (B, 3, H, W), no shuffling."""
     return encode(images)
 
 
-def encode_shuffled(encode: Encode, images: Tensor, seed: int, step: Tensor, row: int) -> Tensor:
+def encode_shuffled(encode: Encode, images: Tensor, seed: int, step: Tensor, micro_batch: int) -> Tensor:
     """Keys of images shuffled within this process (mode split), back in their order."""
-    order = key_permutation(len(images), seed, step, row)
+    order = key_permutation(len(images), seed, step, micro_batch)
     return encode(_take(images, order))[torch.argsort(order)]
 
 
-def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, step: Tensor, row: int) -> Tensor:
+def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, step: Tensor, micro_batch: int) -> Tensor:
     """Keys of images shuffled over all processes (MoCo, section 3.3), back in their order and place.
 
     Every process gathers the whole batch and keeps its share of the permutation.
     """
     rank, samples = dist.get_rank(), len(images)
     mine = slice(rank * samples, (rank + 1) * samples)
-    # Rows are numbered by process: take the first process's number, so that all draw the same permutation.
-    order = key_permutation(samples * dist.get_world_size(), seed, step, row - rank * samples)
+    order = key_permutation(samples * dist.get_world_size(), seed, step, micro_batch)
     whole = all_gather_rows(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     keys = all_gather_rows(encode(_take(whole, order[mine])))
     return keys[torch.argsort(order)[mine]]

@@ -65,7 +65,8 @@ def infonce(
 ) -> InfoNCE:
     """InfoNCE over the positive, the queue and synthetic hard negatives (SynCo, arXiv 2410.02401, section 3).
 
-    Draws are a function of (seed, step, row_offset + row) alone: the same on every backend, rank and resume.
+    Draws are a function of (seed, step, row_offset + row) alone: the same on every backend, rank and resume. First
+    derivatives only: but for `reference`, the gradient is finished in the forward pass and is a constant to autograd.
 
     Args:
         q: (B, D) queries, unit rows, float16, bfloat16, float32 or float64. Rounded once to the queue's dtype.

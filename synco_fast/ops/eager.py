@@ -3,7 +3,7 @@
 No synthetic vector of a two-term kind is made. What is materialised: the (B, K) similarities and weights, the parents
 of `mixed`, `noisy` and `adversarial` (B, S, D), and the noise. The gradient is linear in the negatives and every
 synthetic negative is a combination of q, sign(q), noise and rows of the queue, so its weight is added to the weights
-of its parents and one product with the queue serves them all (design, section 3).
+of its parents and one product with the queue serves them all (docs/design.md, The op).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The precision contract (design, section 3), in one place for all backends in PyTorch."""
+"""The precision contract (docs/design.md, The op), in one place for all backends in PyTorch."""
 
 import torch
 from torch import Tensor

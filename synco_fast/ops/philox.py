@@ -33,7 +33,7 @@ def philox(seed: int, *counter: Tensor | int, device: torch.device | None = None
         raise ValueError(f"philox takes 4 counter words, got {len(counter)}")
     if device is None:
         device = next((c.device for c in counter if isinstance(c, Tensor)), torch.device("cpu"))
-    words = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=device) & _MASK for c in counter))
+    words = torch.broadcast_tensors(*(_word(c, device) for c in counter))
     # In place on four buffers and a spare one: a fresh allocation for each of a round's steps costs more than the
     # step. The multiplied words need clean high bits; the others are only xor-ed, and masked when their turn comes.
     c0, c1, c2, c3 = (word.clone(memory_format=torch.contiguous_format) for word in words)
@@ -46,6 +46,13 @@ def philox(seed: int, *counter: Tensor | int, device: torch.device | None = None
         c0, c1, c2, c3 = next0, product1, next2, product0
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
     return c0, c1.bitwise_and_(_MASK), c2, c3.bitwise_and_(_MASK)
+
+
+def _word(value: Tensor | int, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.int64) & _MASK
+    # Filled on the device: a copy of a host's number would make the host wait.
+    return torch.full((), value & _MASK, dtype=torch.int64, device=device)
 
 
 def _high_word(product: Tensor, out: Tensor) -> Tensor:

@@ -47,10 +47,10 @@ def test_split_keeps_channels_last_and_replaces_every_layer() -> None:
     assert norms[0](images).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_key_permutation_is_a_function_of_seed_step_and_row() -> None:
+def test_key_permutation_is_a_function_of_seed_step_and_micro_batch() -> None:
     orders = [
-        key_permutation(64, seed, torch.tensor(step), row)
-        for seed, step, row in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 64))
+        key_permutation(64, seed, torch.tensor(step), micro_batch)
+        for seed, step, micro_batch in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
     ]
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(64))
