@@ -53,7 +53,7 @@ class HardNegatives:
                 raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
+            if not isinstance(value, (int, float)) or not low <= value <= high or value == math.inf:
                 raise ValueError(f"{name} must lie in [{low}, {high}] and be finite, got {value!r}")
         if self.extrapolate_from not in ("query", "negative"):
             raise ValueError(f'extrapolate_from must be "query" or "negative", got {self.extrapolate_from!r}')

@@ -39,7 +39,7 @@ def test_ranks_agree(mode: str, images: Path, tiny: Path, tmp_path: Path) -> Non
 
 
 def test_gradient_equals_single_process(images: Path, tiny: Path, tmp_path: Path) -> None:
-    """With batch norm frozen: one global batch on 1 process, on 2, and on 1 in 4 micro-batches.
+    """With batch norm frozen: one global batch on 1 process, on 2, on 1 in 4 micro-batches, on 2 with keys shuffled.
 
     Synthetic negatives are on, so draws by global row are part of what must agree. Only the order of float32 sums
     differs; the bound is 20 roundings of the largest gradient, where a wrong row offset is off by a percent.
@@ -48,7 +48,8 @@ def test_gradient_equals_single_process(images: Path, tiny: Path, tmp_path: Path
     (one,) = launch(1, tiny, tmp_path / "one", "gradient", *settings)
     two = launch(2, tiny, tmp_path / "two", "gradient", *settings)
     (parts,) = launch(1, tiny, tmp_path / "parts", "gradient", *settings, "trainer.accumulate=4")
-    for other in (*two, parts):
+    shuffled = launch(2, tiny, tmp_path / "shuffled", "gradient", *settings, "bn.mode=shuffle", "trainer.accumulate=2")
+    for other in (*two, parts, *shuffled):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
         for name, gradient in one["gradients"].items():
             error = (other["gradients"][name] - gradient).abs().max()
