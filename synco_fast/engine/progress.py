@@ -4,7 +4,8 @@ import sys
 from datetime import timedelta
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 
 class TrainingProgress:
@@ -20,9 +21,7 @@ class TrainingProgress:
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-            self._bar = Progress(
-                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=_console(), transient=False
-            )
+            self._bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True))
             self._task = self._bar.add_task("starting", total=total, completed=done)
             self._bar.start()
 
@@ -51,12 +50,6 @@ class TrainingProgress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _text(row: dict[str, Any]) -> str:
