@@ -34,8 +34,8 @@ lint: $(VENV)/installed  ## check style, formatting and types
 stress: $(VENV)/installed  ## run the long reliability counts; an interrupted run resumes
 	$(BIN)/python -m tests.stress
 
-clean:  ## remove build products and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove build products, compiled kernels too, and caches; .venv and runs/ stay
+	rm -rf build dist *.egg-info synco_fast/_kernels*.so $(VENV)/installed .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv
@@ -51,7 +51,9 @@ $(VENV)/dali-$(DALI):
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI)
+KERNELS := $(wildcard kernels/*.cpp kernels/*/*.cpp kernels/*/*.h kernels/*/*/*.h kernels/*/*.cu)
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI) $(KERNELS)
 	@echo "Installing the pinned dependencies (several GB and some minutes the first time, silent until done)"
 	$(PIP_INSTALL) pip setuptools wheel
 	$(PIP_INSTALL) --no-build-isolation -e '.[$(DALI),dev]'

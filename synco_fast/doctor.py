@@ -26,7 +26,7 @@ def text() -> str:
         "data": [("DALI", _dali())],
         "backends of the op": list(backends().items()),
         "accelerators": [
-            ("C++ compiler", _program("g++", "the compiled kernels to come need it; install g++")),
+            ("C++ compiler", _program("g++", "the compiled kernels need it; install g++")),
             ("CUDA compiler", _program("nvcc", "the CUDA kernels to come need it; install the CUDA toolkit")),
             ("NVIDIA apex", _apex()),
         ],

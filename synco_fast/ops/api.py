@@ -4,49 +4,16 @@
 gradient, and its backward is one multiply. The `reference` backend alone stays outside, as ordinary autograd.
 """
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from synco_fast.ops import checks, eager, reference
-from synco_fast.ops.hard import FIELDS, HardNegatives
+from synco_fast.ops import checks, compiled, eager, reference
+from synco_fast.ops.dispatch import choose
+from synco_fast.ops.hard import HardNegatives, pack, unpack
 from synco_fast.ops.numbers import compute_dtype, round_to
 from synco_fast.ops.result import InfoNCE, SyntheticSet, stat_names
-
-logger = logging.getLogger(__name__)
-
-_BACKENDS = {
-    "reference": "ok",
-    "eager": "ok",
-    "cpu": "not in this version: the compiled kernels are still to be written; use eager",
-    "triton": "not in this version: the Triton kernels are still to be written; use eager",
-    "cuda": "not in this version: the compiled kernels are still to be written; use eager",
-}
-
-
-def backends() -> dict[str, str]:
-    """Each backend's name with "ok", or with the reason why it cannot be used here."""
-    return dict(_BACKENDS)
-
-
-@functools.cache
-def _automatic(device_type: str) -> str:
-    logger.info("backend auto on %s: eager", device_type)
-    return "eager"
-
-
-def _choose(backend: str, device: torch.device) -> str:
-    if backend == "auto":
-        return "eager" if torch.compiler.is_compiling() else _automatic(device.type)
-    state = _BACKENDS.get(backend)
-    if state is None:
-        raise ValueError(f"unknown backend {backend!r}: expected auto or one of {', '.join(_BACKENDS)}")
-    if state != "ok":
-        raise RuntimeError(f"backend {backend} cannot be used: {state}")
-    return backend
 
 
 def infonce(
@@ -91,7 +58,7 @@ def infonce(
     checks.tensors(q, k, queue, hard, labels, queue_labels)
     checks.arguments(temperature, seed, row_offset)
     step = checks.step_tensor(step, q)
-    name = _choose(backend, q.device)
+    name = choose(backend, queue, temperature, labels)
     if name == "reference":
         with torch.autocast(q.device.type, enabled=False):
             loss, rank, rank_all, stats = reference.infonce(
@@ -99,7 +66,7 @@ def infonce(
             )
     else:
         loss, _, rank, rank_all, stats = _infonce(
-            q, k.detach(), queue, step, labels, queue_labels, *_pack(hard), temperature, seed, row_offset, name
+            q, k.detach(), queue, step, labels, queue_labels, *pack(hard), temperature, seed, row_offset, name
         )
     return InfoNCE(loss, rank, rank_all, dict(zip(stat_names(hard), stats.detach().unbind(), strict=True)))
 
@@ -161,14 +128,16 @@ def _infonce(
     row_offset: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hard = _unpack(counts, strengths, extrapolate_from)
+    hard = unpack(counts, strengths, extrapolate_from)
     with torch.autocast(q.device.type, enabled=False):
+        if backend in ("cpu", "cuda"):
+            return compiled.infonce(q, k, queue, hard, temperature, seed, step, row_offset)
         return eager.infonce(q, k, queue, hard, temperature, seed, step, row_offset, _same_class(labels, queue_labels))
 
 
 @_infonce.register_fake
 def _(q, k, queue, step, labels, queue_labels, counts, strengths, extrapolate_from, *rest):  # type: ignore[no-untyped-def]
-    hard = _unpack(counts, strengths, extrapolate_from)
+    hard = unpack(counts, strengths, extrapolate_from)
     wide = compute_dtype(queue)
     rank = q.new_empty(q.shape[0], dtype=torch.int64)
     stats = q.new_empty(len(stat_names(hard)), dtype=torch.float32)
@@ -186,16 +155,6 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
 
 
 _infonce.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _pack(hard: HardNegatives) -> tuple[list[int], list[float], str]:
-    """HardNegatives as the operator schema's types: counts, strengths, extrapolate_from."""
-    values = [getattr(hard, name) for name in FIELDS]
-    return values[:7], [float(value) for value in values[7:13]], values[13]
-
-
-def _unpack(counts: Sequence[int], strengths: Sequence[float], extrapolate_from: str) -> HardNegatives:
-    return HardNegatives(**dict(zip(FIELDS, (*counts, *strengths, extrapolate_from), strict=True)))  # type: ignore[arg-type]
 
 
 def _same_class(labels: Tensor | None, queue_labels: Tensor | None) -> Tensor | None:

@@ -1,6 +1,7 @@
 """Which synthetic negatives, how many of each, and how strong: the one description every backend takes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -100,6 +101,18 @@ _RANGES = (
 )
 
 FIELDS = tuple(field.name for field in fields(HardNegatives))
+
+
+def pack(hard: HardNegatives) -> tuple[list[int], list[float], str]:
+    """The types an operator schema knows: counts, strengths, extrapolate_from."""
+    values = [getattr(hard, name) for name in FIELDS]
+    return values[:7], [float(value) for value in values[7:13]], values[13]
+
+
+def unpack(counts: Sequence[int], strengths: Sequence[float], extrapolate_from: str) -> HardNegatives:
+    """What `pack` packed. torch.compile may have made the counts symbols: int() makes them numbers."""
+    values = (*map(int, counts), *strengths, extrapolate_from)
+    return HardNegatives(**dict(zip(FIELDS, values, strict=True)))  # type: ignore[arg-type]
 
 
 class Terms(NamedTuple):

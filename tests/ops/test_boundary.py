@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from synco_fast.ops import api, backends, infonce, synthesize
+from synco_fast.ops import backends, dispatch, infonce, synthesize
 from tests.ops.cases import BACKENDS, batch, everything
 
 Arguments = dict[str, Any]
@@ -193,12 +193,20 @@ def test_the_table_of_backends_is_a_copy() -> None:
 
 
 def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
-    api._automatic.cache_clear()
+    dispatch._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="synco_fast"):
         for _ in range(3):
             infonce(**arguments())
     (record,) = caplog.records
-    assert "cpu" in record.getMessage() and "eager" in record.getMessage()
+    assert record.getMessage() == "backend auto on cpu: cpu"
+
+
+def test_auto_takes_what_the_fastest_backend_does_not() -> None:
+    """A float64 queue, a temperature below 0.02, the class oracle: all are eager's."""
+    right = arguments()
+    for change in ({"queue": right["queue"].double()}, {"temperature": 0.019}, with_labels()(right)):
+        auto, eager = (infonce(**right | change, backend=backend) for backend in ("auto", "eager"))
+        assert torch.equal(auto.loss, eager.loss)
 
 
 DEBUG_CASES = """

@@ -7,7 +7,8 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from synco_fast.ops import HardNegatives, api, infonce, synthesize
+from synco_fast.ops import HardNegatives, infonce, synthesize
+from synco_fast.ops.hard import pack
 from tests.ops.cases import BACKENDS, SETTINGS, alone, batch, everything, run
 
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -20,12 +21,17 @@ def operator_arguments(
     hard: HardNegatives,
     labels: Tensor | None = None,
     queue_labels: Tensor | None = None,
+    backend: str = "eager",
 ) -> tuple[Any, ...]:
-    return (q, k, queue, torch.tensor(3), labels, queue_labels, *api._pack(hard), 0.2, 2**40, 5, "eager")
+    return (q, k, queue, torch.tensor(3), labels, queue_labels, *pack(hard), 0.2, 2**40, 5, backend)
 
 
-@pytest.mark.parametrize("name", ["none", "all", "class oracle", "float16 queue", "no gradient"])
-def test_opcheck_infonce(name: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [("eager", "class oracle")]
+    + [(backend, name) for backend in ("eager", "cpu") for name in ("none", "all", "float16 queue", "no gradient")],
+)
+def test_opcheck_infonce(backend: str, name: str) -> None:
     q, k, queue = (x.float() for x in batch(seed=60))
     hard = HardNegatives.none() if name == "none" else everything()
     labels = (torch.arange(5), torch.arange(40) % 5) if name == "class oracle" else (None, None)
@@ -35,6 +41,7 @@ def test_opcheck_infonce(name: str) -> None:
         queue.half() if name == "float16 queue" else queue,
         hard,
         *labels,
+        backend,
     )
     torch.library.opcheck(torch.ops.synco_fast.infonce.default, arguments, atol=1e-6, rtol=1e-5)
 
@@ -129,11 +136,11 @@ def test_nothing_inside_is_downcast_under_autocast(backend: str, dtype: torch.dt
 
 @pytest.mark.parametrize("classes", [False, True])
 def test_nothing_is_read_by_the_host(classes: bool) -> None:
-    """In the default backend: a value read on the host would stall the device at every step."""
+    """By `eager`, which a GPU may run: a value read on the host would stall the device at every step."""
     q, k, queue = (x.float() for x in batch(seed=65))
     labels = {"labels": torch.arange(5), "queue_labels": torch.arange(40) % 5} if classes else {}
     with torch.profiler.profile() as profile:
-        out = infonce(q.requires_grad_(), k, queue, hard=everything(), step=torch.tensor(1), **labels)
+        out = infonce(q.requires_grad_(), k, queue, hard=everything(), step=torch.tensor(1), backend="eager", **labels)
         out.loss.backward()
     called = {event.name for event in profile.events()}
     assert "aten::topk" in called

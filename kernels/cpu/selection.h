@@ -1,0 +1,33 @@
+// The N most similar rows of the queue, found exactly while the similarities stream past.
+#pragma once
+
+#include <limits>
+
+#include "cpu/compress.h"
+#include "synco/order.h"
+
+namespace synco::cpu {
+
+// One query's candidates in ascending queue row. Never more than `capacity` are held: when they would be, all but the
+// n largest are dropped, ties to the lower row, and from then on only what exceeds the smallest of them is taken.
+struct Candidates {
+  float* similarity;
+  int32_t* row;
+  int capacity, n;
+  int size = 0;
+  float threshold = -std::numeric_limits<float>::infinity();
+};
+
+// Similarities are looked at in blocks of this many.
+constexpr int kScanBlock = 256;
+
+// The least capacity for a hard set of n that does not shrink at every block.
+constexpr int capacity_for(int n) { return n + (n > 1024 ? n : 1024) + kScanBlock + kCompressSlack; }
+
+// Take what may belong to the hard set from similarities of the rows first_row, first_row + 1, ...
+void scan(Candidates& candidates, const float* similarity, int first_row, int count);
+
+// Drop all but the n largest.
+void shrink(Candidates& candidates);
+
+}  // namespace synco::cpu

@@ -1,0 +1,243 @@
+"""The fused backends against float64 and against `eager` in the same precision.
+
+Rows lie on a grid (`exact_rows`, `grid_rows`), so that no hard set hangs on a rounding and a single wrong parent shows.
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from synco_fast.ops import KINDS, HardNegatives, InfoNCE, backends, infonce
+from tests.ops.cases import SETTINGS, everything, exact_rows, grid_rows, rounding_floor, run, unit_rows, with_n_hard
+
+FUSED = ("cpu",)
+CASES = int(os.environ.get("SYNCO_FAST_CASES", "100"))
+"""Random cases of the one test that `make stress` runs with a larger count."""
+
+every_backend = pytest.mark.parametrize("backend", FUSED)
+every_setting = pytest.mark.parametrize("hard", SETTINGS.values(), ids=SETTINGS.keys())
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_backend_is_there(backend: str) -> None:
+    assert backends()[backend] == "ok"
+
+
+def assert_same_answer(
+    backend: str, q: Tensor, k: Tensor, queue: Tensor, *, hard: HardNegatives, temperature: float, **place: int
+) -> None:
+    """Integers identical to float64; loss and gradient off by at most twice what eager is off in the same precision."""
+    operands = q.to(queue.dtype).double(), k.double(), queue.double()
+    arguments = {"hard": hard, "temperature": temperature, **place}
+    truth, true_gradient = run("eager", *operands, **arguments)
+    eager, eager_gradient = run("eager", q, k, queue, **arguments)
+    out, gradient = run(backend, q, k, queue, **arguments)
+    assert torch.equal(out.rank, truth.rank)
+    assert out.loss.dtype == torch.float32 and gradient.dtype == q.dtype
+    loss_floor, gradient_floor = rounding_floor(temperature, len(q))
+    loss_error, eager_loss_error = (abs(x.loss.item() - truth.loss.item()) for x in (out, eager))
+    assert loss_error <= 2 * eager_loss_error + loss_floor
+    error, eager_error = ((x.double() - true_gradient).norm().item() for x in (gradient, eager_gradient))
+    assert error <= 2 * eager_error + gradient_floor
+    # A synthetic negative may tie with the positive to the last bit: each may then fall on either side.
+    assert (out.rank_all - truth.rank_all).abs().max() <= 1
+    assert out.stats.keys() == truth.stats.keys()
+    for name, value in truth.stats.items():
+        assert abs(float(out.stats[name] - value)) <= 4 * loss_floor, name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random call."""
+
+    batch: int
+    queue_rows: int
+    dim: int
+    hard: HardNegatives
+    temperature: float
+    dtype: torch.dtype
+    seed: int
+
+
+def whole(low: int, high: int) -> st.SearchStrategy[int]:
+    """Whole numbers, small ones as likely as large ones."""
+    return st.integers(0, (high - low).bit_length()).flatmap(lambda bits: st.integers(low, min(high, low + 2**bits)))
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Case:
+    queue_rows = draw(whole(256, 20_000))
+    counts = {kind: draw(whole(0, 512)) for kind in KINDS}
+    hard = HardNegatives(
+        draw(whole(1, min(4096, queue_rows))),
+        **counts,
+        sigma=draw(st.sampled_from([0.01, 0.3])),
+        extrapolate_from=draw(st.sampled_from(["query", "negative"])),
+    )
+    return Case(
+        batch=draw(whole(1, 300)),
+        queue_rows=queue_rows,
+        dim=draw(st.sampled_from([64, 128, 256])),
+        hard=hard if draw(st.booleans()) or draw(st.booleans()) else HardNegatives.none(),
+        temperature=draw(st.sampled_from([0.02, 0.07, 0.2, 1.0])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+        seed=draw(st.integers(0, 2**40)),
+    )
+
+
+@every_backend
+@settings(max_examples=CASES, deadline=None)
+@given(case=calls())
+def test_random_calls(backend: str, case: Case) -> None:
+    bits = 8 if case.dtype == torch.bfloat16 else 11
+    q, queue = (grid_rows(n, case.dim, case.seed + i, bits) for i, n in enumerate((case.batch, case.queue_rows)))
+    k = torch.nn.functional.normalize(q + 0.7 * unit_rows(case.batch, case.dim, case.seed + 2), dim=1)
+    assert_same_answer(
+        backend,
+        q.float(),
+        (k * 2**bits).round().div(2**bits).float(),
+        queue.to(case.dtype),
+        hard=case.hard,
+        temperature=case.temperature,
+        seed=case.seed,
+        step=case.seed % 1000,
+        row_offset=case.seed % 77,
+    )
+
+
+@every_backend
+@every_setting
+@every_dtype
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("n_hard", [1, 37, 300])
+def test_exact_arithmetic(backend: str, hard: HardNegatives, dtype: torch.dtype, dim: int, n_hard: int) -> None:
+    """Full of ties, at the threshold and with the positive; n_hard = 300 is the whole queue."""
+    q, queue, k = exact_rows(6, dim, seed=36), exact_rows(300, dim, seed=37), exact_rows(6, dim, seed=38)
+    hard = with_n_hard(hard, n_hard)
+    assert_same_answer(
+        backend, q.float(), k.float(), queue.to(dtype), hard=hard, temperature=0.2, seed=4, step=5, row_offset=6
+    )
+
+
+@every_backend
+@every_setting
+@pytest.mark.parametrize("n_hard", [100, 2000])
+def test_a_collapsed_queue(backend: str, hard: HardNegatives, n_hard: int) -> None:
+    """Thousands of ties; with the query among them, every parent is the query."""
+    q, k = exact_rows(5, 64, seed=39), exact_rows(5, 64, seed=40)
+    rows = torch.cat([q[:1].expand(1500, 64), exact_rows(1, 64, seed=41).expand(1700, 64)])
+    assert_same_answer(backend, q.float(), k.float(), rows.float(), hard=with_n_hard(hard, n_hard), temperature=0.07)
+
+
+@every_backend
+@every_dtype
+def test_vectors_that_all_but_cancel(backend: str, dtype: torch.dtype) -> None:
+    """Parents that are the query's opposite: a length^2 is then a difference, and clamped."""
+    q = exact_rows(4, 64, seed=42)
+    hard = replace(everything(2), interpolated=64, mixed=64, perturbed=64, delta=1.0)
+    out, gradient = run(backend, q.float(), q.float(), torch.cat([-q, q]).to(dtype), hard=hard, temperature=0.2)
+    truth, true_gradient = run("reference", q, q, torch.cat([-q, q]), hard=hard, temperature=0.2)
+    loss_floor, gradient_floor = rounding_floor(0.2, 4)
+    # As in test_precision: dividing by a length of at least MIN_NORM multiplies a rounding by 100 on average.
+    assert abs(out.loss.item() - truth.loss.item()) <= 100 * loss_floor
+    assert (gradient - true_gradient).norm() <= 100 * 4 * gradient_floor
+
+
+def full_size(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    q, queue = grid_rows(130, 128, seed=43).float(), grid_rows(9000, 128, seed=44).to(dtype)
+    return q, grid_rows(130, 128, seed=45).float(), queue
+
+
+def assert_identical(one: tuple[InfoNCE, Tensor], other: tuple[InfoNCE, Tensor]) -> None:
+    assert torch.equal(one[1], other[1])
+    for a, b in zip(one[0][:3], other[0][:3], strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(value, other[0].stats[name]) for name, value in one[0].stats.items())
+
+
+@every_backend
+def test_two_runs_and_any_number_of_threads_give_the_same_bits(backend: str) -> None:
+    q, k, queue = full_size()
+    results = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(backend, q, k, queue, hard=HardNegatives.synco(), temperature=0.07))
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert_identical(results[0], other)
+
+
+@every_backend
+@every_dtype
+def test_what_lies_around_the_rows_never_leaks(backend: str, dtype: torch.dtype) -> None:
+    """The operands as views into NaN: strided, and with rows before and after."""
+    tensors = full_size(dtype)
+    views = []
+    for tensor in tensors:
+        rows, dim = tensor.shape
+        poisoned = torch.full((rows + 7, dim + 8), torch.nan, dtype=tensor.dtype)
+        poisoned[3 : rows + 3, 4 : dim + 4] = tensor
+        views.append(poisoned[3 : rows + 3, 4 : dim + 4])
+    hard = HardNegatives.synco()
+    plain, poisoned_result = (run(backend, q, k, queue, hard=hard, temperature=0.2) for q, k, queue in (tensors, views))
+    assert_identical(plain, poisoned_result)
+
+
+@every_backend
+@pytest.mark.parametrize("hard", [SETTINGS["none"], everything(50)], ids=["none", "all"])
+def test_nan_in_the_queue_is_a_nan_loss_and_no_crash(backend: str, hard: HardNegatives) -> None:
+    q, k, queue = full_size()
+    queue[17, 3] = torch.nan
+    assert infonce(q, k, queue, hard=hard, backend=backend).loss.isnan()
+    queue[:] = torch.nan
+    assert infonce(q, k, queue, hard=hard, backend=backend).loss.isnan()
+
+
+@every_backend
+@pytest.mark.parametrize("q_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_dtype_of_q_and_k(backend: str, q_dtype: torch.dtype) -> None:
+    q, k, queue = (x.to(torch.bfloat16) for x in full_size())
+    expected, expected_gradient = run(backend, q.float(), k.float(), queue, hard=everything(50))
+    out, gradient = run(backend, q.to(q_dtype), k.to(q_dtype), queue, hard=everything(50))
+    assert torch.equal(out.loss, expected.loss) and torch.equal(gradient, expected_gradient.to(q_dtype))
+
+
+@every_backend
+@pytest.mark.parametrize("dim", [1, 3, 20, 65, 300])
+def test_odd_widths(backend: str, dim: int) -> None:
+    q, k, queue = grid_rows(3, dim, seed=46), grid_rows(3, dim, seed=47), grid_rows(300, dim, seed=48)
+    assert_same_answer(backend, q.float(), k.float(), queue.float(), hard=everything(40), temperature=0.2)
+
+
+@every_backend
+def test_what_it_does_not_take_is_named(backend: str) -> None:
+    q, k, queue = full_size()
+    hard, labels = HardNegatives.none(), {"labels": torch.zeros(130, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=f"backend {backend} .*queue is float16, .*, got torch.float64"):
+        infonce(q, k, queue.double(), hard=hard, backend=backend)
+    with pytest.raises(ValueError, match=f"backend {backend} .*temperature is at least 0.02, got 0.019"):
+        infonce(q, k, queue, hard=hard, backend=backend, temperature=0.019)
+    with pytest.raises(ValueError, match=f"backend {backend} .*no class oracle"):
+        infonce(q, k, queue, hard=hard, backend=backend, **labels, queue_labels=torch.zeros(9000, dtype=torch.int64))
+
+
+@every_backend
+@pytest.mark.parametrize("hard", [SETTINGS["none"], everything(50)], ids=["none", "all"])
+def test_compiles_to_the_same_answer(backend: str, hard: HardNegatives) -> None:
+    q, k, queue = full_size()
+
+    def loss(q: Tensor) -> Tensor:
+        return infonce(q, k, queue, hard=hard, backend=backend).loss * 2
+
+    gradients = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        leaf = q.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
