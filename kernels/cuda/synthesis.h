@@ -1,0 +1,180 @@
+// A query's synthetic negatives, by one block: drawn, weighed through closed forms, and pulled into the gradient.
+//
+// Eight lanes take a synthetic negative, each an eighth of its parents' rows: read once, they give the dot products of
+// the closed form, and then, still in registers, the term of the gradient. Never materialised: synthetic vectors.
+#pragma once
+
+#include "common.h"
+#include "synco/closed_forms.h"
+
+namespace synco::cuda {
+
+constexpr int kGroup = 8;                            // lanes to a synthetic negative
+constexpr int kGroups = kThreads / kGroup;           // of a block
+constexpr int kDrawsAtOnce = 1024;
+
+// Coordinates of a lane: chunk c of 8 lies at (c * kGroup + lane % kGroup) * 8.
+template <int dim>
+struct Share {
+  static constexpr int chunks = dim / (8 * kGroup), size = dim / kGroup;
+  float v[size];
+};
+
+template <int dim>
+__device__ __forceinline__ int share_start(int chunk) {
+  return (chunk * kGroup + lane_id() % kGroup) * 8;
+}
+
+template <int dim>
+__device__ __forceinline__ Share<dim> load_row(const half* queue, int row) {
+  Share<dim> share;
+#pragma unroll
+  for (int c = 0; c < Share<dim>::chunks; ++c) {
+    const half* from = queue + static_cast<size_t>(row) * dim + share_start<dim>(c);
+    const uint4 chunk = load_global(reinterpret_cast<const uint4*>(from));
+    const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = unpack(pairs[i]);
+      share.v[c * 8 + 2 * i] = pair.x;
+      share.v[c * 8 + 2 * i + 1] = pair.y;
+    }
+  }
+  return share;
+}
+
+template <int dim>
+__device__ __forceinline__ float dot(const Share<dim>& a, const Share<dim>& b) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < Share<dim>::size; ++i) sum = fmaf(a.v[i], b.v[i], sum);
+  return sum_over<kGroup>(sum);
+}
+
+template <int dim>
+__device__ __forceinline__ void add_scaled(Share<dim>& to, float scale, const Share<dim>& from) {
+#pragma unroll
+  for (int i = 0; i < Share<dim>::size; ++i) to.v[i] = fmaf(scale, from.v[i], to.v[i]);
+}
+
+// sigma e, two Philox blocks to a chunk.
+template <int dim>
+__device__ __forceinline__ Share<dim> make_noise(const Arguments& a, uint32_t row, uint32_t sample, uint32_t step) {
+  Share<dim> noise;
+#pragma unroll
+  for (int c = 0; c < Share<dim>::chunks; ++c)
+#pragma unroll
+    for (int quad = 0; quad < 2; ++quad) {
+      const Words words = noise_words(a.seed, row, sample, share_start<dim>(c) / 4 + quad, step);
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const float radius = a.hard.sigma * sqrtf(-2.f * logf(uniform(words.word[2 * pair]) + 0x1p-24f));
+        float sine, cosine;
+        sine_cosine_pi(2.f * uniform(words.word[2 * pair + 1]), &sine, &cosine);
+        noise.v[c * 8 + quad * 4 + 2 * pair] = radius * cosine;
+        noise.v[c * 8 + quad * 4 + 2 * pair + 1] = radius * sine;
+      }
+    }
+  return noise;
+}
+
+// What a group of lanes has summed up. Scalars are the same in all its lanes.
+template <int dim>
+struct Pulled {
+  Share<dim> pull;
+  float mass[kKinds];
+  float on_query, on_sign;
+  int rank;
+};
+
+// What all groups know of the query.
+template <int dim>
+struct QueryShare {
+  Share<dim> q;
+  float qq, l1, nonzero;  // q . q, sum of |q|, number of entries that are not 0
+  float positive, log2e_over_t;
+  uint32_t row;           // Philox counter words
+  uint32_t step;
+};
+
+struct SynthesisShared {
+  const int* hard_set;  // (n_hard)
+  Draw* draws;          // (kDrawsAtOnce)
+};
+
+// One synthetic negative of a kind. Uniform over the warp: where a group has none left, it repeats one that exists and
+// `counts` is false.
+template <int dim, int kind>
+__device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<dim>& query, const int* hard_set,
+                                         const Draw& draw, uint32_t sample, bool counts, Pulled<dim>& sum) {
+  const Share<dim> first = load_row<dim>(a.queue, hard_set[draw.first]);
+  const Terms t = terms(kind, draw.coefficient, a.hard.extrapolate_from_negative);
+  Products p{};
+  p.qq = query.qq;
+  p.q_first = dot<dim>(query.q, first);
+  p.first2 = dot<dim>(first, first);
+  Share<dim> other;  // the second parent, or sigma e
+  if constexpr (kind == kMixed) {
+    other = load_row<dim>(a.queue, hard_set[draw.second]);
+    p.q_second = dot<dim>(query.q, other);
+    p.second2 = dot<dim>(other, other);
+    p.first_second = dot<dim>(first, other);
+  } else if constexpr (kind == kNoisy) {
+    other = make_noise<dim>(a, query.row, sample, query.step);
+    p.q_extra = dot<dim>(query.q, other);
+    p.first_extra = dot<dim>(first, other);
+    p.extra2 = dot<dim>(other, other);
+  } else if constexpr (kind == kAdversarial) {
+    float along = 0.f;
+#pragma unroll
+    for (int i = 0; i < Share<dim>::size; ++i) along += query.q.v[i] > 0.f   ? first.v[i]
+                                                        : query.q.v[i] < 0.f ? -first.v[i]
+                                                                             : 0.f;
+    p.q_extra = a.hard.eta * query.l1;
+    p.first_extra = a.hard.eta * sum_over<kGroup>(along);
+    p.extra2 = a.hard.eta * a.hard.eta * query.nonzero;
+  }
+  const ClosedForm form = closed_form(t, p);
+  const float weight = counts ? exp2_approx(form.similarity * query.log2e_over_t) : 0.f;
+  const float scaled = weight * form.scale;
+  sum.mass[kind] += weight;
+  sum.rank += counts && form.similarity >= query.positive;
+  sum.on_query = fmaf(scaled, t.query, sum.on_query);
+  add_scaled<dim>(sum.pull, scaled * t.first, first);
+  if constexpr (kind == kMixed) add_scaled<dim>(sum.pull, scaled * t.second, other);
+  if constexpr (kind == kNoisy) add_scaled<dim>(sum.pull, scaled, other);
+  if constexpr (kind == kAdversarial) sum.on_sign = fmaf(scaled, a.hard.eta, sum.on_sign);
+}
+
+// All synthetic negatives of a kind: the block draws them, kDrawsAtOnce at a time, then its groups share them.
+template <int dim, int kind>
+__device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<dim>& query,
+                                          const SynthesisShared& shared, Pulled<dim>& sum) {
+  const int count = a.hard.count[kind], group = static_cast<int>(threadIdx.x) / kGroup;
+  const Range range = coefficient_range(kind, a.hard);
+  for (int start = 0; start < count; start += kDrawsAtOnce) {
+    const int left = min(count - start, kDrawsAtOnce);
+    __syncthreads();  // the draws before may still be read
+    for (int i = static_cast<int>(threadIdx.x); i < left; i += kThreads)
+      shared.draws[i] = draw(kind, range, a.hard.n_hard, a.seed, query.row, static_cast<uint32_t>(start + i), query.step);
+    __syncthreads();
+    for (int i = group; i < (left + kGroups - 1) / kGroups * kGroups; i += kGroups) {
+      const int own = min(i, left - 1);
+      pull_one<dim, kind>(a, query, shared.hard_set, shared.draws[own], static_cast<uint32_t>(start + own), i < left,
+                          sum);
+    }
+  }
+}
+
+template <int dim>
+__device__ __forceinline__ void pull_all(const Arguments& a, const QueryShare<dim>& query,
+                                         const SynthesisShared& shared, Pulled<dim>& sum) {
+  pull_kind<dim, kInterpolated>(a, query, shared, sum);
+  pull_kind<dim, kExtrapolated>(a, query, shared, sum);
+  pull_kind<dim, kMixed>(a, query, shared, sum);
+  pull_kind<dim, kNoisy>(a, query, shared, sum);
+  pull_kind<dim, kPerturbed>(a, query, shared, sum);
+  pull_kind<dim, kAdversarial>(a, query, shared, sum);
+}
+
+}  // namespace synco::cuda
