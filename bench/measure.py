@@ -1,0 +1,156 @@
+"""Time, and the device's peaks: what it can do at best, against which times are judged."""
+
+import gc
+import platform
+import random
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from bench.case import DTYPES
+
+Key = TypeVar("Key", bound=Hashable)
+
+_FLUSH_BYTES = 2**28
+_FLUSHES = 16
+_MIN_ROUNDS = 3
+
+
+class Peaks(NamedTuple):
+    """Floating-point operations and bytes a second, and where the numbers come from."""
+
+    flops: float
+    bandwidth: float
+    source: str
+
+
+# By a part of the device's name. Dense products with float32 sums, and memory, as achieved by large ones; float32 is
+# the data sheet's (no TF32, which PyTorch leaves off).
+_TABLE = {
+    "H200": Peaks(790e12, 4.3e12, "table"),
+}
+_TABLE_FLOAT32 = {"H200": 67e12}
+
+
+class Quantiles(NamedTuple):
+    """Of times in milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+    n: int
+
+
+def quantiles(times: Sequence[float]) -> Quantiles:
+    values = torch.tensor(times, dtype=torch.float64)
+    p20, median, p80 = (float(values.quantile(share)) for share in (0.2, 0.5, 0.8))
+    return Quantiles(median, p20, p80, len(times))
+
+
+def interleaved(
+    steps: dict[Key, Callable[[], Any]], device: str, *, warm_up: int, rounds: int, seconds: float
+) -> dict[Key, list[float]]:
+    """Milliseconds of each step in each round.
+
+    A round runs every step once, in an order drawn anew, so that what disturbs the machine for a while disturbs all of
+    them, and none always runs after the same other. Rounds end early once `seconds` are over, but not before three.
+    On a GPU the device is idle, then busy emptying its L2 cache for about a millisecond, and events on the stream take
+    the time of what follows. So the host has that head start, as it has in training where nothing makes it wait: only
+    a step that takes the host longer is charged for launching it.
+    """
+    for _ in range(warm_up):
+        for step in steps.values():
+            step()
+    once = _once_on_gpu if device == "cuda" else _once_on_cpu
+    times: dict[Key, list[float]] = {key: [] for key in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + seconds
+        for done in range(rounds):
+            if done >= _MIN_ROUNDS and time.perf_counter() > end:
+                break
+            shuffle(order)
+            for key in order:
+                times[key].append(once(steps[key]))
+    finally:
+        gc.enable()
+    return times
+
+
+def _once_on_cpu(step: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _once_on_gpu(step: Callable[[], Any]) -> float:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    for _ in range(_FLUSHES):
+        flush.zero_()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+class Yardstick:
+    """What the device can do at best: a known GPU's from a table, any other device's measured in the same rounds.
+
+    Measured: the fastest of the rounds of a large matrix product, in the queue's dtype and in float32 (float16 on most
+    CPUs is no use), and of a large copy, which reads and writes. What fits a cache moves faster than that.
+
+    Attributes:
+        steps: to be timed with all the others; empty if the device is in the table.
+    """
+
+    def __init__(self, device: str, dtype: str, *, quick: bool = False) -> None:
+        self._known = _known(device, dtype)
+        self.steps: dict[str, Callable[[], Any]] = {}
+        if self._known is not None:
+            return
+        size = 256 if quick else 2048
+        source = torch.zeros(2**24 if quick else 2**28, dtype=torch.uint8, device=device)
+        target = torch.ones_like(source)
+        self._flops, self._bytes = 2 * size**3, 2 * source.numel()
+        self.steps["copy"] = lambda: target.copy_(source)
+        for choice in sorted({dtype, "float32"} - ({"float16"} if device == "cpu" else set())):
+            self.steps[f"product {choice}"] = _product(DTYPES[choice], size, device)
+
+    def peaks(self, times: Mapping[Any, Sequence[float]]) -> Peaks:
+        """From the times of `steps` in milliseconds."""
+        if self._known is not None:
+            return self._known
+        best = {name: min(times[name]) / 1e3 for name in self.steps}
+        copy = best.pop("copy")
+        return Peaks(self._flops / min(best.values()), self._bytes / copy, "measured")
+
+
+def _known(device: str, dtype: str) -> Peaks | None:
+    for part, known in _TABLE.items():
+        if device == "cuda" and part in device_name(device):
+            return known._replace(flops=_TABLE_FLOAT32[part]) if dtype == "float32" else known
+    return None
+
+
+def _product(dtype: torch.dtype, size: int, device: str) -> Callable[[], Any]:
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: torch.mm(left, right)
+
+
+def device_name(device: str) -> str:
+    """The processor's or the GPU's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
