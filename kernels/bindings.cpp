@@ -5,7 +5,18 @@
 
 #include "cpu/infonce.h"
 
+#ifdef SYNCO_WITH_CUDA
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "cuda/infonce.h"
+#endif
+
 namespace {
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 synco::HardNegatives hard_negatives(at::IntArrayRef counts, at::ArrayRef<double> strengths,
                                     bool extrapolate_from_negative) {
@@ -24,13 +35,92 @@ synco::HardNegatives hard_negatives(at::IntArrayRef counts, at::ArrayRef<double>
   return hard;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> infonce_cpu(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& queue, const at::Tensor& step, at::IntArrayRef counts,
-    at::ArrayRef<double> strengths, bool extrapolate_from_negative, double temperature, int64_t seed,
-    int64_t row_offset) {
+Result infonce_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& queue, const at::Tensor& step,
+                   at::IntArrayRef counts, at::ArrayRef<double> strengths, bool extrapolate_from_negative,
+                   double temperature, int64_t seed, int64_t row_offset) {
   return synco::cpu::infonce(q, k, queue, hard_negatives(counts, strengths, extrapolate_from_negative), temperature,
                              static_cast<uint64_t>(seed), static_cast<uint32_t>(step.item<int64_t>()),
                              static_cast<uint32_t>(row_offset));
+}
+
+#ifdef SYNCO_WITH_CUDA
+// Rows of elements the kernel can load, each aligned to the 16 bytes of its widest access.
+at::Tensor aligned_rows(const at::Tensor& tensor) {
+  const at::Tensor rows = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone();
+}
+
+synco::cuda::Element element(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kHalf) return synco::cuda::Element::kHalf;
+  return tensor.scalar_type() == at::kBFloat16 ? synco::cuda::Element::kBFloat16 : synco::cuda::Element::kFloat;
+}
+
+// float64 is not worth a path of its own: it becomes float32.
+at::Tensor element_rows(const at::Tensor& tensor) {
+  return aligned_rows(tensor.scalar_type() == at::kDouble ? tensor.to(at::kFloat) : tensor);
+}
+
+synco::cuda::Device current_device() {
+  int device = 0;
+  synco::cuda::Device found{};
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return found;
+}
+
+// The number of statistics that synco_fast.ops.result.stat_names has.
+int64_t stat_count(const synco::HardNegatives& hard) {
+  int64_t kinds = 0;
+  for (int kind = 0; kind < synco::kKinds; ++kind) kinds += hard.count[kind] > 0;
+  return kinds ? 5 + kinds + 2 : 5;
+}
+
+Result infonce_cuda(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& queue_, const at::Tensor& step,
+                    at::IntArrayRef counts, at::ArrayRef<double> strengths, bool extrapolate_from_negative,
+                    double temperature, int64_t seed, int64_t row_offset) {
+  const c10::cuda::CUDAGuard guard(q_.device());
+  const at::Tensor q = element_rows(q_), k = element_rows(k_), queue = aligned_rows(queue_);
+  const int dim = static_cast<int>(q.size(1));
+  const auto floats = q.options().dtype(at::kFloat), integers = q.options().dtype(at::kLong);
+
+  synco::cuda::Arguments a{};
+  a.q = q.const_data_ptr();
+  a.k = k.const_data_ptr();
+  a.q_type = element(q);
+  a.k_type = element(k);
+  a.queue = static_cast<const half*>(queue.const_data_ptr());
+  a.step = step.const_data_ptr<int64_t>();
+  a.batch = static_cast<int>(q.size(0));
+  a.queue_rows = static_cast<int>(queue.size(0));
+  a.hard = hard_negatives(counts, strengths, extrapolate_from_negative);
+  if (a.hard.total() == 0) a.hard.n_hard = 0;
+  a.temperature = static_cast<float>(temperature);
+  a.seed = static_cast<uint64_t>(seed);
+  a.row_offset = static_cast<uint32_t>(row_offset);
+
+  const synco::cuda::Plan plan = synco::cuda::make_plan(a.batch, a.queue_rows, dim, a.hard, current_device());
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.bytes)}, q.options().dtype(at::kByte));
+  const at::Tensor loss = at::empty({}, floats), gradient = at::empty(q.sizes(), floats);
+  const at::Tensor rank = at::empty({q.size(0)}, integers), rank_all = at::empty({q.size(0)}, integers);
+  const at::Tensor stats = at::empty({stat_count(a.hard)}, floats);
+  a.workspace = workspace.mutable_data_ptr<uint8_t>();
+  a.loss = loss.mutable_data_ptr<float>();
+  a.gradient = gradient.mutable_data_ptr<float>();
+  a.rank = rank.mutable_data_ptr<int64_t>();
+  a.rank_all = rank_all.mutable_data_ptr<int64_t>();
+  a.stats = stats.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(synco::cuda::infonce(a, plan, dim, c10::cuda::getCurrentCUDAStream()));
+  return {loss, gradient, rank, rank_all, stats};
+}
+#endif
+
+bool compiled_with_cuda() {
+#ifdef SYNCO_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -40,6 +130,11 @@ TORCH_LIBRARY_FRAGMENT(synco_fast, library) {
       "infonce_compiled(Tensor q, Tensor k, Tensor queue, Tensor step, int[] counts, float[] strengths, "
       "bool extrapolate_from_negative, float temperature, int seed, int row_offset) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("compiled_with_cuda() -> bool", &compiled_with_cuda);
 }
 
 TORCH_LIBRARY_IMPL(synco_fast, CPU, library) { library.impl("infonce_compiled", &infonce_cpu); }
+
+#ifdef SYNCO_WITH_CUDA
+TORCH_LIBRARY_IMPL(synco_fast, CUDA, library) { library.impl("infonce_compiled", &infonce_cuda); }
+#endif

@@ -1,6 +1,7 @@
 // Small things that the phases of the kernel share.
 #pragma once
 
+#include "gpu.h"
 #include "infonce.h"
 
 namespace synco::cuda {

@@ -74,8 +74,8 @@ __device__ __forceinline__ QueryShare<dim> share_query(const Arguments& a, const
       nonzero += v != 0.f ? 1.f : 0.f;
     }
   share.qq = dot<dim>(share.q, share.q);
-  share.l1 = sum_over<kGroup>(l1);
-  share.nonzero = sum_over<kGroup>(nonzero);
+  share.l1 = sum_over<kGroup<dim>>(l1);
+  share.nonzero = sum_over<kGroup<dim>>(nonzero);
   share.positive = positive_similarity<dim>(a, row);
   share.log2e_over_t = 1.4426950408889634f / a.temperature;
   share.row = a.row_offset + static_cast<uint32_t>(row);
@@ -87,8 +87,9 @@ __device__ __forceinline__ QueryShare<dim> share_query(const Arguments& a, const
 template <int dim>
 __device__ __forceinline__ void gather_groups(const FinishShared& shared, Pulled<dim>& sum, float hard_sum) {
   const auto over_groups = [](float v) {
-    v += __shfl_xor_sync(kAllLanes, v, 8);
-    return v + __shfl_xor_sync(kAllLanes, v, 16);
+#pragma unroll
+    for (int offset = kGroup<dim>; offset < 32; offset *= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
+    return v;
   };
 #pragma unroll
   for (int i = 0; i < Share<dim>::size; ++i) sum.pull.v[i] = over_groups(sum.pull.v[i]);
@@ -99,7 +100,7 @@ __device__ __forceinline__ void gather_groups(const FinishShared& shared, Pulled
   scalars[kOnSign] = over_groups(sum.on_sign);
   scalars[kSyntheticRank] = over_groups(static_cast<float>(sum.rank));  // exact up to 2^24
   scalars[kHardSum] = sum_over<32>(hard_sum);
-  if (lane_id() < kGroup) {
+  if (lane_id() < kGroup<dim>) {
 #pragma unroll
     for (int c = 0; c < Share<dim>::chunks; ++c)
 #pragma unroll

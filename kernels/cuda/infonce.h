@@ -1,7 +1,13 @@
 // The `cuda` backend of synco_fast::infonce: what the host passes to the kernel, and how work is laid out.
 #pragma once
 
-#include "gpu.h"
+#ifdef SYNCO_HOST_SIMT
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#endif
+
 #include "synco/negatives.h"
 
 namespace synco::cuda {

@@ -33,6 +33,7 @@ struct Sums {
 template <int dim>
 __device__ __forceinline__ void load_tile(const Arguments& a, half* tile, int first_row) {
   constexpr int chunks = dim / 8;
+#pragma unroll 1  // here and below: unrolled, the addresses would take registers that the sums need
   for (int i = static_cast<int>(threadIdx.x); i < Tile<dim>::columns * chunks; i += kThreads) {
     const int row = i / chunks, chunk = i % chunks;
     const bool valid = first_row + row < a.queue_rows;
@@ -43,6 +44,7 @@ __device__ __forceinline__ void load_tile(const Arguments& a, half* tile, int fi
 
 template <int dim>
 __device__ __forceinline__ void load_queries(const Arguments& a, half* tile, int first_row, int end_row) {
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kTileRows * dim; i += kThreads) {
     const int row = i / dim, d = i % dim;
     half value = __float2half_rn(0.f);
@@ -172,6 +174,7 @@ __device__ __forceinline__ void store_similarity(const float (&s)[Tile<dim>::col
     }
   }
   __syncwarp();
+#pragma unroll 1
   for (int i = lane_id(); i < 16 * columns / 8; i += 32) {
     const int r = i / (columns / 8), chunk = i % (columns / 8);
     if (r < rows) {

@@ -1,6 +1,6 @@
 // A query's synthetic negatives, by one block: drawn, weighed through closed forms, and pulled into the gradient.
 //
-// Eight lanes take a synthetic negative, each an eighth of its parents' rows: read once, they give the dot products of
+// A group of lanes takes a synthetic negative, each a share of its parents' rows: read once, they give the dot products of
 // the closed form, and then, still in registers, the term of the gradient. Never materialised: synthetic vectors.
 #pragma once
 
@@ -9,20 +9,20 @@
 
 namespace synco::cuda {
 
-constexpr int kGroup = 8;                            // lanes to a synthetic negative
-constexpr int kGroups = kThreads / kGroup;           // of a block
+template <int dim>
+constexpr int kGroup = dim == 256 ? 16 : 8;  // lanes to a synthetic negative; 32 coordinates each would not fit
 constexpr int kDrawsAtOnce = 1024;
 
 // Coordinates of a lane: chunk c of 8 lies at (c * kGroup + lane % kGroup) * 8.
 template <int dim>
 struct Share {
-  static constexpr int chunks = dim / (8 * kGroup), size = dim / kGroup;
+  static constexpr int chunks = dim / (8 * kGroup<dim>), size = dim / kGroup<dim>;
   float v[size];
 };
 
 template <int dim>
 __device__ __forceinline__ int share_start(int chunk) {
-  return (chunk * kGroup + lane_id() % kGroup) * 8;
+  return (chunk * kGroup<dim> + lane_id() % kGroup<dim>) * 8;
 }
 
 template <int dim>
@@ -48,7 +48,7 @@ __device__ __forceinline__ float dot(const Share<dim>& a, const Share<dim>& b) {
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < Share<dim>::size; ++i) sum = fmaf(a.v[i], b.v[i], sum);
-  return sum_over<kGroup>(sum);
+  return sum_over<kGroup<dim>>(sum);
 }
 
 template <int dim>
@@ -131,7 +131,7 @@ __device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<di
                                                         : query.q.v[i] < 0.f ? -first.v[i]
                                                                              : 0.f;
     p.q_extra = a.hard.eta * query.l1;
-    p.first_extra = a.hard.eta * sum_over<kGroup>(along);
+    p.first_extra = a.hard.eta * sum_over<kGroup<dim>>(along);
     p.extra2 = a.hard.eta * a.hard.eta * query.nonzero;
   }
   const ClosedForm form = closed_form(t, p);
@@ -150,7 +150,8 @@ __device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<di
 template <int dim, int kind>
 __device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<dim>& query,
                                           const SynthesisShared& shared, Pulled<dim>& sum) {
-  const int count = a.hard.count[kind], group = static_cast<int>(threadIdx.x) / kGroup;
+  constexpr int groups = kThreads / kGroup<dim>;
+  const int count = a.hard.count[kind], group = static_cast<int>(threadIdx.x) / kGroup<dim>;
   const Range range = coefficient_range(kind, a.hard);
   for (int start = 0; start < count; start += kDrawsAtOnce) {
     const int left = min(count - start, kDrawsAtOnce);
@@ -158,7 +159,7 @@ __device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<d
     for (int i = static_cast<int>(threadIdx.x); i < left; i += kThreads)
       shared.draws[i] = draw(kind, range, a.hard.n_hard, a.seed, query.row, static_cast<uint32_t>(start + i), query.step);
     __syncthreads();
-    for (int i = group; i < (left + kGroups - 1) / kGroups * kGroups; i += kGroups) {
+    for (int i = group; i < (left + groups - 1) / groups * groups; i += groups) {
       const int own = min(i, left - 1);
       pull_one<dim, kind>(a, query, shared.hard_set, shared.draws[own], static_cast<uint32_t>(start + own), i < left,
                           sum);

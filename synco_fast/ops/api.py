@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from synco_fast.ops import checks, compiled, eager, reference
+from synco_fast.ops import checks, compiled, eager, reference, triton_infonce
 from synco_fast.ops.dispatch import choose
 from synco_fast.ops.hard import HardNegatives, pack, unpack
 from synco_fast.ops.numbers import compute_dtype, round_to
@@ -58,7 +58,7 @@ def infonce(
     checks.tensors(q, k, queue, hard, labels, queue_labels)
     checks.arguments(temperature, seed, row_offset)
     step = checks.step_tensor(step, q)
-    name = choose(backend, queue, temperature, labels)
+    name = choose(backend, queue, hard, temperature, labels)
     if name == "reference":
         with torch.autocast(q.device.type, enabled=False):
             loss, rank, rank_all, stats = reference.infonce(
@@ -132,6 +132,8 @@ def _infonce(
     with torch.autocast(q.device.type, enabled=False):
         if backend in ("cpu", "cuda"):
             return compiled.infonce(q, k, queue, hard, temperature, seed, step, row_offset)
+        if backend == "triton":
+            return triton_infonce.infonce(q, k, queue, hard, temperature, seed, step, row_offset)
         return eager.infonce(q, k, queue, hard, temperature, seed, step, row_offset, _same_class(labels, queue_labels))
 
 

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 from synco_fast.ops.hard import HardNegatives, pack
+from synco_fast.ops.numbers import MIN_TEMPERATURE
+
+CUDA_DIMS = (64, 128, 256)
+MAX_QUEUE_ROWS = 2**20
+MAX_N_HARD = 4096
 
 _HOW = "pip install --no-build-isolation -e . (or make setup) builds it"
 
@@ -34,7 +39,43 @@ def cuda_status() -> str:
     state = _load()
     if state != "ok":
         return state
-    return "not in this version: the CUDA kernel is still to be written; use triton or eager"
+    if not torch.ops.synco_fast.compiled_with_cuda():
+        return f"the kernels were compiled without nvcc: with the CUDA toolkit of torch's version, {_HOW}"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    return "ok"
+
+
+def cpu_objection(queue: Tensor, hard: HardNegatives, temperature: float) -> str | None:
+    """Why the `cpu` backend, where it can be used, does not take a call; None if it does."""
+    if queue.device.type != "cpu":
+        return f"it needs tensors on the CPU, got {queue.device}"
+    if queue.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"queue must be float16, bfloat16 or float32, got {queue.dtype}"
+    return _temperature_objection(temperature)
+
+
+def cuda_objection(queue: Tensor, hard: HardNegatives, temperature: float) -> str | None:
+    """Why the `cuda` backend, where it can be used, does not take a call; None if it does."""
+    if queue.device.type != "cuda":
+        return f"it needs tensors on a CUDA device, got {queue.device}"
+    if queue.dtype != torch.float16:
+        return f"queue must be float16, got {queue.dtype}"
+    if queue.shape[1] not in CUDA_DIMS:
+        return f"queue must have {', '.join(map(str, CUDA_DIMS))} columns, got {queue.shape[1]}"
+    if len(queue) > MAX_QUEUE_ROWS:
+        return f"queue must have at most {MAX_QUEUE_ROWS} rows, got {len(queue)}"
+    if hard.n_hard > MAX_N_HARD:
+        return f"n_hard must be at most {MAX_N_HARD}, got {hard.n_hard}"
+    return _temperature_objection(temperature)
+
+
+def _temperature_objection(temperature: float) -> str | None:
+    return (
+        None if temperature >= MIN_TEMPERATURE else f"temperature must be at least {MIN_TEMPERATURE}, got {temperature}"
+    )
 
 
 def infonce(

@@ -11,6 +11,9 @@ There the closed forms' length is a difference of near-equal numbers, and dividi
 without bound.
 """
 
+MIN_TEMPERATURE = 0.02
+"""The fused backends take exp(s / t) as it is, with no maximum subtracted: down to here it stays within float32."""
+
 
 def compute_dtype(queue: Tensor) -> torch.dtype:
     """Accumulate in float32, or in float64 for a float64 queue."""

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from synco_fast.ops.draws import _range
 from synco_fast.ops.hard import KINDS, HardNegatives, terms
-from synco_fast.ops.numbers import MIN_NORM
+from synco_fast.ops.numbers import MIN_NORM, MIN_TEMPERATURE
 from synco_fast.ops.result import stat_names
 
 DIMS = (16, 32, 64, 128, 256)
 MAX_QUEUE_ROWS = 2**20
 MAX_N_HARD = 4096
 MAX_SYNTHETIC = 16384
-MIN_TEMPERATURE = 0.02
 WORKSPACE = 64 * 2**20
 """Bytes of similarities at most; where the batch needs more, it is taken in passes of fewer rows."""
 
@@ -95,7 +94,7 @@ def infonce(
     refused = objection(queue, hard, temperature)
     if refused:
         error = ValueError if queue.dtype in _TERMS else TypeError
-        raise error(f"backend triton does not take this call: {refused}; use eager or reference")
+        raise error(f"backend triton does not take this call: {refused}; use eager")
     # Rounded once. Rows may lie apart, but the elements of a row may not.
     q, k, queue = (_with_dense_rows(tensor.detach()) for tensor in (q.to(queue.dtype), k, queue))
     grad = torch.empty(q.shape, dtype=torch.float32, device=q.device)

@@ -219,9 +219,9 @@ def test_odd_widths(backend: str, dim: int) -> None:
 def test_what_it_does_not_take_is_named(backend: str) -> None:
     q, k, queue = full_size()
     hard, labels = HardNegatives.none(), {"labels": torch.zeros(130, dtype=torch.int64)}
-    with pytest.raises(ValueError, match=f"backend {backend} .*queue is float16, .*, got torch.float64"):
+    with pytest.raises(ValueError, match=f"backend {backend} .*queue must be float16, .*, got torch.float64"):
         infonce(q, k, queue.double(), hard=hard, backend=backend)
-    with pytest.raises(ValueError, match=f"backend {backend} .*temperature is at least 0.02, got 0.019"):
+    with pytest.raises(ValueError, match=f"backend {backend} .*temperature must be at least 0.02, got 0.019"):
         infonce(q, k, queue, hard=hard, backend=backend, temperature=0.019)
     with pytest.raises(ValueError, match=f"backend {backend} .*no class oracle"):
         infonce(q, k, queue, hard=hard, backend=backend, **labels, queue_labels=torch.zeros(9000, dtype=torch.int64))
