@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -105,14 +106,34 @@ class Kills:
             assert not list(killed.rglob(".*.tmp")), "stray temporary files"
 
 
+def fused_cases(count: int) -> None:
+    """The random calls of tests/ops/test_fused.py, by hypothesis: it has one go, and does not resume."""
+    stage = Stage("cpu backend: random calls against float64 and eager", count)
+    test = ["-m", "pytest", "-q", "--timeout=0", "tests/ops/test_fused.py::test_random_calls"]
+    result = subprocess.run(
+        [sys.executable, *test],
+        cwd=REPOSITORY,
+        env=environment() | {"SYNCO_FAST_CASES": str(count)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        failed = [line for line in result.stdout.splitlines() if line.startswith("E ")]
+        stage.findings.append(" ".join(failed)[:300] or f"pytest exits with {result.returncode}")
+    stage.finish()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--op", type=int, default=2000)
+    parser.add_argument("--fused", type=int, default=2000)
     parser.add_argument("--config", type=int, default=10000)
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     Stage("op: eager against reference, float64", arguments.op).run(fuzz.op_case)
+    fused_cases(arguments.fused)
     Stage("mutated configurations", arguments.config).run(fuzz.config_case)
     Kills(arguments.kills).run()
 

@@ -1,0 +1,53 @@
+"""The compiled CUDA kernel, looked at without a GPU: no spills, and tensor-core instructions on every architecture."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from synco_fast.ops import backends
+
+LIBRARIES = sorted((Path(__file__).parents[2] / "synco_fast").glob("_kernels*.so"))
+ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+DIMS = {"64", "128", "256"}
+
+
+def cuobjdump(*options: str) -> str:
+    """What NVIDIA's tool, which comes with the CUDA toolkit and inside Triton, says of the library."""
+    triton = pytest.importorskip("triton").__path__[0]
+    tool = shutil.which("cuobjdump") or f"{triton}/backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *options, str(LIBRARIES[0])], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built_with_cuda() -> None:
+    reason = backends()["cuda"]
+    if "compiled" in reason:
+        pytest.skip(reason)
+
+
+def test_no_kernel_spills_on_any_architecture() -> None:
+    found = set()
+    for part in cuobjdump("-res-usage").split("arch = ")[1:]:
+        for dim, usage in re.findall(r"infonce_kernelILi(\d+)E\S*\s+(REG:.*)", part):
+            found.add((part.split()[0], dim))
+            assert "STACK:0 " in usage and "LOCAL:0 " in usage, (part.split()[0], dim, usage)
+    architectures = {architecture for architecture, _ in found}
+    assert found == {(architecture, dim) for architecture in architectures for dim in DIMS}
+    # On a machine with a GPU the library is built for that one alone.
+    assert architectures == ARCHITECTURES if not torch.cuda.is_available() else architectures
+
+
+def test_products_are_on_the_tensor_cores() -> None:
+    code = cuobjdump("-sass")
+    functions = re.split(r"arch = (sm_\d+)", code)[1:]
+    assert functions
+    for architecture, body in zip(functions[::2], functions[1::2], strict=True):
+        kernels = re.split(r"Function : \S*infonce_kernelILi(\d+)E", body)[1:]
+        for dim, instructions in zip(kernels[::2], kernels[1::2], strict=True):
+            # A tile takes columns / 8 x dim / 16 products of S, and as many of O: 64 columns, for 256 coordinates 16.
+            expected = 2 * (2 if dim == "256" else 8) * int(dim) // 16
+            assert len(re.findall(r"\bHMMA\.16816\.F32", instructions)) == expected, (architecture, dim)
