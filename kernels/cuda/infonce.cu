@@ -72,9 +72,7 @@ Plan make_plan(int batch, int queue_rows, int dim, const HardNegatives& hard, co
   p.rows_per_pass = rows;
   p.row_tiles = divide_up(rows, kTileRows);
   const int queue_tiles = divide_up(queue_rows, tile_columns(dim));
-  const int splits = std::min(queue_tiles, std::max(device.processors / p.row_tiles, 1));
-  p.split_tiles = divide_up(queue_tiles, splits);
-  p.splits = divide_up(queue_tiles, p.split_tiles);
+  p.splits = std::min(queue_tiles, device.processors / p.row_tiles);
 
   const size_t slots = static_cast<size_t>(p.splits) * rows;
   p.similarity = 0;

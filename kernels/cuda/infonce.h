@@ -33,8 +33,7 @@ struct Tile {
 // How the work is cut, and where in the workspace things lie. A function of shapes and device alone.
 struct Plan {
   int rows_per_pass;      // queries whose similarities the workspace holds at a time
-  int row_tiles, splits;  // of a pass: row_tiles x splits units of work for the matrix phase
-  int split_tiles;        // tiles of the queue in a split
+  int row_tiles, splits;  // of a pass: row_tiles x splits <= blocks units of work for the matrix phase
   int row_stride;         // of similarity, in elements
   bool keep_row;          // a row of similarities fits into shared memory
   unsigned blocks, shared_bytes;

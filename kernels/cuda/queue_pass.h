@@ -222,6 +222,11 @@ __host__ __device__ constexpr unsigned pass_shared_bytes() {
   return shared_end<half>(end, kWarps * 16 * (Tile<dim>::columns + 8));
 }
 
+// Splits differ by at most one tile, so that every block has work.
+__device__ __forceinline__ int first_tile(int split, int queue_tiles, int splits) {
+  return static_cast<int>(static_cast<int64_t>(split) * queue_tiles / splits);
+}
+
 // One row tile against one split. Queries are those of the pass, from first_row of the batch on; `rows` of them.
 template <int dim>
 __device__ __forceinline__ void pass_unit(const Arguments& a, const Plan& p, const PassShared& shared, int row_tile,
@@ -230,9 +235,8 @@ __device__ __forceinline__ void pass_unit(const Arguments& a, const Plan& p, con
   const float log2e_over_t = 1.4426950408889634f / a.temperature;
   const int warp_row = row_tile * kTileRows + warp_id() * 16;  // within the pass
   const int queue_tiles = (a.queue_rows + T::columns - 1) / T::columns;
-  const int begin = split * p.split_tiles, end = min(begin + p.split_tiles, queue_tiles);
+  const int begin = first_tile(split, queue_tiles, p.splits), end = first_tile(split + 1, queue_tiles, p.splits);
 
-  __syncthreads();  // the unit before may still be reading
   for (int stage = 0; stage < T::stages - 1; ++stage) {
     if (begin + stage < end) load_tile<dim>(a, shared.tiles + stage * T::columns * dim, (begin + stage) * T::columns);
     cp_async_commit();
@@ -298,7 +302,8 @@ __device__ __forceinline__ void queue_pass(const Arguments& a, const Plan& p, in
   shared.tiles = arena.take<half, 128>(Tile<dim>::stages * Tile<dim>::columns * dim);
   shared.staging = arena.take<half>(kWarps * 16 * (Tile<dim>::columns + 8));
   const int row_tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int unit = static_cast<int>(blockIdx.x); unit < row_tiles * p.splits; unit += static_cast<int>(gridDim.x))
+  const int unit = static_cast<int>(blockIdx.x);  // never more units than blocks: make_plan
+  if (unit < row_tiles * p.splits)
     pass_unit<dim>(a, p, shared, unit % row_tiles, unit / row_tiles, first_row, rows);
 }
 

@@ -1,6 +1,7 @@
 // Runs the CUDA backend on the CPU: infonce_main INPUT OUTPUT reads a Header and q, k and the queue, and writes loss,
-// gradient, statistics, rank and rank_all. What the launch executed goes to stdout as one line of JSON.
+// gradient, statistics, rank and rank_all. The plan and what the launch executed go to stdout as one line of JSON.
 
+#include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -45,6 +46,8 @@ void write(std::FILE* file, const T* device, size_t n) {
 unsigned char* element_array(int64_t type, size_t n, std::FILE* file) {
   return device_array<unsigned char>(n * (type == 0 ? 4 : 2), file);
 }
+
+void print(const char* name, uint64_t value) { std::printf(", \"%s\": %" PRIu64, name, value); }
 
 }  // namespace
 
@@ -101,5 +104,20 @@ int main(int, char** arguments) {
   write(output, a.rank, static_cast<size_t>(h.batch));
   write(output, a.rank_all, static_cast<size_t>(h.batch));
   std::fclose(output);
+
+  std::printf("{\"workspace\": %zu", plan.bytes);
+  print("rows_per_pass", static_cast<uint64_t>(plan.rows_per_pass));
+  print("splits", static_cast<uint64_t>(plan.splits));
+  print("keep_row", plan.keep_row);
+#ifdef SYNCO_HOST_SIMT
+  const simt::Counters counters = simt::last_launch();
+  print("mma", counters.mma);
+  print("cp_async_bytes", counters.cp_async_bytes);
+  print("global_load_bytes", counters.global_load_bytes);
+  print("global_store_bytes", counters.global_store_bytes);
+  print("blocks_with_mma", counters.blocks_with_mma);
+  print("grid_barriers", counters.grid_barriers);
+#endif
+  std::puts("}");
   return 0;
 }
