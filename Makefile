@@ -55,6 +55,6 @@ KERNELS := $(wildcard kernels/*.cpp kernels/*/*.cpp kernels/*/*.h kernels/*/*/*.
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI) $(KERNELS)
 	@echo "Installing the pinned dependencies (several GB and some minutes the first time, silent until done)"
-	$(PIP_INSTALL) pip setuptools wheel
+	$(PIP_INSTALL) pip setuptools wheel torch  # torch before the package: its kernels are compiled against it
 	$(PIP_INSTALL) --no-build-isolation -e '.[$(DALI),dev]'
 	@touch $@
