@@ -26,6 +26,8 @@ def _load() -> str:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"{found[0].name} does not fit this torch {torch.__version__}; {_HOW} anew ({str(error)[:200]})"
+    if not hasattr(torch.ops.synco_fast, "compiled_with_cuda"):
+        return f"{found[0].name} was built from older sources; {_HOW} anew"
     return "ok"
 
 
