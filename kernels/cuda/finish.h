@@ -32,7 +32,10 @@ struct FinishShared {
 };
 
 inline constexpr unsigned finish_shared_bytes(int dim, int n_hard, int kept_chunks) {
+  const unsigned candidates = static_cast<unsigned>(max_candidates(n_hard));
   unsigned end = shared_end<uint4>(0, static_cast<unsigned>(kept_chunks));
+  end = shared_end<uint4>(end, candidates / 8);
+  end = shared_end<int>(end, candidates);
   end = shared_end<int>(end, kBins);
   end = shared_end<int>(end, kWarps);
   end = shared_end<float>(end, static_cast<unsigned>(dim));
@@ -48,6 +51,9 @@ __device__ __forceinline__ FinishShared take_finish_shared(const Arguments& a, c
   FinishShared shared;
   uint4* row = arena.take<uint4>(p.keep_row ? p.row_stride / 8 : 0);
   shared.selection.row = p.keep_row ? row : nullptr;
+  const unsigned candidates = static_cast<unsigned>(max_candidates(a.hard.n_hard));
+  shared.selection.candidates = arena.take<uint4>(candidates / 8);
+  shared.selection.candidate_rows = arena.take<int>(candidates);
   shared.selection.histogram = arena.take<int>(kBins);
   shared.selection.scan = arena.take<int>(kWarps);
   shared.selection.query = arena.take<float>(dim);
@@ -143,9 +149,7 @@ __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, co
   float hard_sum = 0.f;
   const QueryShare<dim> query = share_query<dim>(a, shared.selection.query, batch_row);
   if (a.hard.n_hard) {
-    const half* similarity = reinterpret_cast<const half*>(a.workspace + p.similarity);
-    const Similarities s{reinterpret_cast<const uint4*>(similarity + static_cast<size_t>(row) * p.row_stride),
-                         shared.selection.row, p.row_stride / 8};
+    const Similarities s = narrow(a, load_similarities(a, p, shared.selection, row), shared.selection);
     const Threshold threshold = find_threshold<dim>(a, s, shared.selection);
     hard_sum = write_hard_set<dim>(a, s, shared.selection, threshold);
     pull_all<dim>(a, query, shared.synthesis, sum);
@@ -165,7 +169,7 @@ __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, co
   constexpr int kParts = kThreads / dim;
   const int d = thread % dim, part = thread / dim;
   float pull = 0.f;
-#pragma unroll 4
+#pragma unroll 8
   for (int split = part; split < p.splits; split += kParts) {
     const size_t slot = static_cast<size_t>(split) * p.rows_per_pass + row;
     pull += load_global_cg(reinterpret_cast<const float*>(a.workspace + p.pull) + slot * dim + d);

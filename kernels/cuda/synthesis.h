@@ -25,14 +25,28 @@ __device__ __forceinline__ int share_start(int chunk) {
   return (chunk * kGroup<dim> + lane_id() % kGroup<dim>) * 8;
 }
 
+// A lane's share of a row of the queue as it lies there.
 template <int dim>
-__device__ __forceinline__ Share<dim> load_row(const half* queue, int row) {
+struct PackedShare {
+  uint4 chunk[Share<dim>::chunks];
+};
+
+template <int dim>
+__device__ __forceinline__ PackedShare<dim> load_row(const half* queue, int row) {
+  PackedShare<dim> share;
+#pragma unroll
+  for (int c = 0; c < Share<dim>::chunks; ++c)
+    share.chunk[c] =
+        load_global(reinterpret_cast<const uint4*>(queue + static_cast<size_t>(row) * dim + share_start<dim>(c)));
+  return share;
+}
+
+template <int dim>
+__device__ __forceinline__ Share<dim> widen(const PackedShare<dim>& packed) {
   Share<dim> share;
 #pragma unroll
   for (int c = 0; c < Share<dim>::chunks; ++c) {
-    const half* from = queue + static_cast<size_t>(row) * dim + share_start<dim>(c);
-    const uint4 chunk = load_global(reinterpret_cast<const uint4*>(from));
-    const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    const uint32_t pairs[4] = {packed.chunk[c].x, packed.chunk[c].y, packed.chunk[c].z, packed.chunk[c].w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = unpack(pairs[i]);
@@ -102,20 +116,35 @@ struct SynthesisShared {
   Draw* draws;          // (kDrawsAtOnce)
 };
 
+// The rows that a synthetic negative is made of; `second` is for `mixed` only.
+template <int dim>
+struct Parents {
+  PackedShare<dim> first, second;
+};
+
+template <int dim, int kind>
+__device__ __forceinline__ Parents<dim> load_parents(const Arguments& a, const SynthesisShared& shared, int i) {
+  Parents<dim> parents{};
+  parents.first = load_row<dim>(a.queue, shared.hard_set[shared.draws[i].first]);
+  if constexpr (kind == kMixed) parents.second = load_row<dim>(a.queue, shared.hard_set[shared.draws[i].second]);
+  return parents;
+}
+
 // One synthetic negative of a kind. Uniform over the warp: where a group has none left, it repeats one that exists and
 // `counts` is false.
 template <int dim, int kind>
-__device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<dim>& query, const int* hard_set,
-                                         const Draw& draw, uint32_t sample, bool counts, Pulled<dim>& sum) {
-  const Share<dim> first = load_row<dim>(a.queue, hard_set[draw.first]);
-  const Terms t = terms(kind, draw.coefficient, a.hard.extrapolate_from_negative);
+__device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<dim>& query,
+                                         const Parents<dim>& parents, float coefficient, uint32_t sample, bool counts,
+                                         Pulled<dim>& sum) {
+  const Share<dim> first = widen<dim>(parents.first);
+  const Terms t = terms(kind, coefficient, a.hard.extrapolate_from_negative);
   Products p{};
   p.qq = query.qq;
   p.q_first = dot<dim>(query.q, first);
   p.first2 = dot<dim>(first, first);
   Share<dim> other;  // the second parent, or sigma e
   if constexpr (kind == kMixed) {
-    other = load_row<dim>(a.queue, hard_set[draw.second]);
+    other = widen<dim>(parents.second);
     p.q_second = dot<dim>(query.q, other);
     p.second2 = dot<dim>(other, other);
     p.first_second = dot<dim>(first, other);
@@ -159,10 +188,15 @@ __device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<d
     for (int i = static_cast<int>(threadIdx.x); i < left; i += kThreads)
       shared.draws[i] = draw(kind, range, a.hard.n_hard, a.seed, query.row, static_cast<uint32_t>(start + i), query.step);
     __syncthreads();
-    for (int i = group; i < (left + groups - 1) / groups * groups; i += groups) {
+    // Rows are asked for one turn ahead: they take longer to come than a synthetic negative takes.
+    const int turns_end = (left + groups - 1) / groups * groups;
+    Parents<dim> next = load_parents<dim, kind>(a, shared, min(group, left - 1));
+    for (int i = group; i < turns_end; i += groups) {
+      const Parents<dim> parents = next;
+      if (i + groups < turns_end) next = load_parents<dim, kind>(a, shared, min(i + groups, left - 1));
       const int own = min(i, left - 1);
-      pull_one<dim, kind>(a, query, shared.hard_set, shared.draws[own], static_cast<uint32_t>(start + own), i < left,
-                          sum);
+      const uint32_t sample = static_cast<uint32_t>(start + own);
+      pull_one<dim, kind>(a, query, parents, shared.draws[own].coefficient, sample, i < left, sum);
     }
   }
 }

@@ -22,7 +22,8 @@ class Planted:
     more: tuple[tuple[str, str], ...] = ()  # further pieces of the file
 
 
-PASS, SELECT, SYNTHESIS, FINISH = "queue_pass.h", "selection.h", "synthesis.h", "finish.h"
+PASS, NARROW, SELECT = "queue_pass.h", "candidates.h", "selection.h"
+SYNTHESIS, FINISH = "synthesis.h", "finish.h"
 MATRIX_BARRIER = "    __syncthreads();  // tile t has arrived for all, and nobody reads the stage that is filled next\n"
 
 PLANTED = {
@@ -85,9 +86,21 @@ PLANTED = {
     "ties split among all": Planted(
         SELECT, "shift == 21 || key >> (shift + bits) == prefix", "true", "ties", evidence=PAST_GLOBAL
     ),
-    "histogram not cleared": Planted(SELECT, "shared.histogram[first - i] = 0;", "", evidence=PAST_GLOBAL),
+    "similarities read before they have come": Planted(NARROW, "  cp_async_wait<0>();\n", "", evidence=PAST_GLOBAL),
+    "candidates of another chunk": Planted(NARROW, "[place] = i * 8 + element;", "[place] = first * 8 + element;"),
+    "candidates of a warp over those of another": Planted(NARROW, "int before = warps.before;", "int before = 0;"),
+    "what equals the bound is no candidate": Planted(
+        NARROW, "unsigned mask = i < segment.end ? at_least", "unsigned mask = i < segment.end ? ~1u & at_least"
+    ),
+    "more candidates than there is room for": Planted(
+        NARROW, " || warps.total > max_candidates(n)", "", "collapsed", evidence=PAST_GLOBAL
+    ),
+    "no barrier after the candidates are written": Planted(
+        NARROW, "  __syncthreads();\n  return {nullptr", "  return {nullptr", "race", "threads", RACE
+    ),
+    "histogram not cleared": Planted(NARROW, "shared.histogram[first - i] = 0;", "", evidence=PAST_GLOBAL),
     "scan scratch reused at once": Planted(
-        SELECT, "  __syncthreads();\n  return {before, total};", "  return {before, total};", "race", "threads", RACE
+        NARROW, "  __syncthreads();\n  return {before, total};", "  return {before, total};", "race", "threads", RACE
     ),
     "row kept past its end": Planted(
         FINISH,
@@ -95,7 +108,7 @@ PLANTED = {
         "arena.take<uint4>(p.keep_row ? p.row_stride / 8 - 8 : 0)",
         evidence=PAST_SHARED,
     ),
-    "second parent is the first": Planted(SYNTHESIS, "hard_set[draw.second]", "hard_set[draw.first]"),
+    "second parent is the first": Planted(SYNTHESIS, "shared.draws[i].second", "shared.draws[i].first"),
     "noise one quad on": Planted(SYNTHESIS, "share_start<dim>(c) / 4 + quad", "share_start<dim>(c) / 4 + quad + 1"),
     "a repeated synthetic negative counts": Planted(
         SYNTHESIS,
