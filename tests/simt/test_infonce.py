@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from synco_fast.ops import KINDS, HardNegatives
-from tests.ops.cases import SETTINGS, everything, exact_rows, grid_rows, rounding_floor, run, unit_rows, with_n_hard
+from tests.ops.cases import (
+    SETTINGS,
+    everything,
+    exact_rows,
+    grid_rows,
+    rounding_floor,
+    run,
+    tied_rows,
+    unit_rows,
+    with_n_hard,
+)
 from tests.simt.build import why_not
 from tests.simt.infonce import Launch, call, edited_program, launch, program, same_precision
 from tests.simt.planted_infonce import PLANTED, WRONG, Planted
@@ -79,14 +89,9 @@ def grid_batch(batch: int, queue_rows: int, dim: int, seed: int = 50) -> tuple[T
     return q.float(), near(q, seed + 1).float(), grid_rows(queue_rows, dim, seed + 2).half()
 
 
-def tied_batch(batch: int, queue_rows: int, seed: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities that tie in float16, in part in float32 too: one row, with one entry a step of the grid off."""
-    q = grid_rows(batch, 64, seed)
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.randint(64, (queue_rows, 1), generator=generator)
-    steps = torch.randint(-1, 2, (queue_rows, 1), generator=generator) / 2**11
-    queue = q[:1].repeat(queue_rows, 1).scatter_add_(1, place, steps.double())
-    return q.float(), near(q, seed + 1).float(), queue.half()
+def tied_batch(batch: int, queue_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, queue = tied_rows(batch, queue_rows)
+    return q.float(), near(q, 61).float(), queue.half()
 
 
 @every_setting
