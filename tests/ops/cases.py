@@ -99,6 +99,12 @@ def grid_rows(rows: int, dim: int, seed: int, bits: int = 11) -> Tensor:
     return (unit_rows(rows, dim, seed) * 2**bits).round() / 2**bits
 
 
+def near(q: Tensor, seed: int, bits: int = 11) -> Tensor:
+    """Keys for the queries q (B, D), on the grid."""
+    k = torch.nn.functional.normalize(q + 0.7 * unit_rows(*q.shape, seed), dim=1)
+    return (k * 2**bits).round() / 2**bits
+
+
 def tied_rows(batch: int, queue_rows: int, seed: int = 60) -> tuple[Tensor, Tensor]:
     """q (batch, 64) and a queue on the grid, float64: similarities that tie in float16, and in part in float32 too.
 
