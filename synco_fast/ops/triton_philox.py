@@ -49,6 +49,25 @@ def integers(words, n):
 
 
 @triton.jit
+def draw(seed, c0, c1, c2, c3, n_hard, low, width):
+    """Block 0 of draws.py, bit for bit: two positions in the hard set, and a coefficient in [low, low + width).
+
+    Args:
+        seed, c0, c1, c2, c3: as in philox().
+        n_hard: size of the hard set.
+        low, width: float32 scalars.
+
+    Returns:
+        (first, second, coefficient): int32, int32 and float32 tensors of the words' shape.
+    """
+    word0, word1, word2, _ = philox(seed, c0, c1, c2, c3)
+    # The product is rounded before it is added, as in PyTorch. Written as a product, it would be fused into the sum on
+    # a GPU, also where the sum is made in float64: LLVM makes a float32 sum of that. An fma cannot be fused once more.
+    part = tl.fma(width, uniform(word2), 0.0)
+    return integers(word0, n_hard), integers(word1, n_hard), low + part
+
+
+@triton.jit
 def _normal_pair(radius_word, angle_word):
     radius = tl.sqrt(-2.0 * tl.log(uniform(radius_word) + _UNIT))
     angle = _TURN * uniform(angle_word)

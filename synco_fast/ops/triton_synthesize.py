@@ -10,7 +10,7 @@ a partial result like those of the pass over the queue.
 import triton
 import triton.language as tl
 
-from synco_fast.ops.triton_philox import integers, normals, philox, uniform
+from synco_fast.ops.triton_philox import draw, normals, philox
 
 
 @triton.jit
@@ -54,9 +54,9 @@ def synthesize(
     d = tl.arange(0, DIM)
 
     # Counter words: (global row, sample, kind | block << 8, step), as in draws.py.
-    c0, c1, c2, c3 = (row_offset + row).to(tl.uint32), sample.to(tl.uint32), number.to(tl.uint32), tl.load(step)
-    word0, word1, word2, _ = philox(seed, c0, c1, c2, c3.to(tl.uint32))
-    c = tl.load(built) + tl.load(built + 1) * uniform(word2)
+    c0, c1, c2 = (row_offset + row).to(tl.uint32), sample.to(tl.uint32), number.to(tl.uint32)
+    c3 = tl.load(step).to(tl.uint32)
+    first_place, second_place, c = draw(seed, c0, c1, c2, c3, n_hard, tl.load(built), tl.load(built + 1))
     on_query = tl.load(built + 2) + tl.load(built + 3) * c
     on_first = tl.load(built + 4) + tl.load(built + 5) * c
     on_second = tl.load(built + 6) + tl.load(built + 7) * c
@@ -64,14 +64,14 @@ def synthesize(
     query = tl.load(q + row * q_stride + d).to(tl.float32)
     sign = tl.where(query > 0, 1.0, tl.where(query < 0, -1.0, 0.0))
     parents = hard_set + row * n_hard
-    first = _rows(queue, tl.load(parents + integers(word0, n_hard)), queue_stride, d)
+    first = _rows(queue, tl.load(parents + first_place), queue_stride, d)
     v = on_query[:, None] * query[None, :] + on_first[:, None] * first + (tl.load(built + 9) * sign)[None, :]
     if number == MIXED:
-        second = _rows(queue, tl.load(parents + integers(word1, n_hard)), queue_stride, d)
+        second = _rows(queue, tl.load(parents + second_place), queue_stride, d)
         v += on_second[:, None] * second
     if number == NOISY:
         block = (number + ((1 + tl.arange(0, DIM // 4)) << 8)).to(tl.uint32)
-        w0, w1, w2, w3 = philox(seed, c0, c1[:, None], block[None, :], c3.to(tl.uint32))
+        w0, w1, w2, w3 = philox(seed, c0, c1[:, None], block[None, :], c3)
         v += tl.load(built + 8) * normals(w0, w1, w2, w3)
 
     shorten = tl.rsqrt(tl.maximum(tl.sum(v * v, axis=1), least_norm2))

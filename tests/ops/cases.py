@@ -97,3 +97,21 @@ def grid_rows(rows: int, dim: int, seed: int, bits: int = 11) -> Tensor:
     float16, bits = 8 in bfloat16 too.
     """
     return (unit_rows(rows, dim, seed) * 2**bits).round() / 2**bits
+
+
+def near(q: Tensor, seed: int, bits: int = 11) -> Tensor:
+    """Keys for the queries q (B, D), on the grid."""
+    k = torch.nn.functional.normalize(q + 0.7 * unit_rows(*q.shape, seed), dim=1)
+    return (k * 2**bits).round() / 2**bits
+
+
+def tied_rows(batch: int, queue_rows: int, seed: int = 60) -> tuple[Tensor, Tensor]:
+    """q (batch, 64) and a queue on the grid, float64: similarities that tie in float16, and in part in float32 too.
+
+    All rows of the queue are the first query, with one entry a step of the grid off or none.
+    """
+    q = grid_rows(batch, 64, seed)
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.randint(64, (queue_rows, 1), generator=generator)
+    steps = torch.randint(-1, 2, (queue_rows, 1), generator=generator) / 2**11
+    return q, q[:1].repeat(queue_rows, 1).scatter_add_(1, place, steps.double())

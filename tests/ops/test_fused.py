@@ -3,21 +3,18 @@
 Rows lie on a grid (`exact_rows`, `grid_rows`), so that no hard set hangs on a rounding and a single wrong parent shows.
 """
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from synco_fast.ops import KINDS, HardNegatives, InfoNCE, backends, infonce
-from tests.ops.cases import SETTINGS, everything, exact_rows, grid_rows, rounding_floor, run, unit_rows, with_n_hard
+from synco_fast.ops import HardNegatives, InfoNCE, backends, infonce
+from tests.ops.cases import SETTINGS, everything, exact_rows, grid_rows, rounding_floor, run, with_n_hard
+from tests.ops.random_calls import Case, calls, cases
 
 FUSED = ("cpu",)
-CASES = int(os.environ.get("SYNCO_FAST_CASES", "100"))
-"""Random cases of the one test that `make stress` runs with a larger count."""
 
 every_backend = pytest.mark.parametrize("backend", FUSED)
 every_setting = pytest.mark.parametrize("hard", SETTINGS.values(), ids=SETTINGS.keys())
@@ -52,63 +49,11 @@ def assert_same_answer(
         assert abs(float(out.stats[name] - value)) <= 4 * loss_floor, name
 
 
-@dataclass(frozen=True)
-class Case:
-    """One random call."""
-
-    batch: int
-    queue_rows: int
-    dim: int
-    hard: HardNegatives
-    temperature: float
-    dtype: torch.dtype
-    seed: int
-
-
-def whole(low: int, high: int) -> st.SearchStrategy[int]:
-    """Whole numbers, small ones as likely as large ones."""
-    return st.integers(0, (high - low).bit_length()).flatmap(lambda bits: st.integers(low, min(high, low + 2**bits)))
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> Case:
-    queue_rows = draw(whole(256, 20_000))
-    counts = {kind: draw(whole(0, 512)) for kind in KINDS}
-    hard = HardNegatives(
-        draw(whole(1, min(4096, queue_rows))),
-        **counts,
-        sigma=draw(st.sampled_from([0.01, 0.3])),
-        extrapolate_from=draw(st.sampled_from(["query", "negative"])),
-    )
-    return Case(
-        batch=draw(whole(1, 300)),
-        queue_rows=queue_rows,
-        dim=draw(st.sampled_from([64, 128, 256])),
-        hard=hard if draw(st.booleans()) or draw(st.booleans()) else HardNegatives.none(),
-        temperature=draw(st.sampled_from([0.02, 0.07, 0.2, 1.0])),
-        dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
-        seed=draw(st.integers(0, 2**40)),
-    )
-
-
 @every_backend
-@settings(max_examples=CASES, deadline=None)
+@settings(max_examples=cases(100), deadline=None)
 @given(case=calls())
 def test_random_calls(backend: str, case: Case) -> None:
-    bits = 8 if case.dtype == torch.bfloat16 else 11
-    q, queue = (grid_rows(n, case.dim, case.seed + i, bits) for i, n in enumerate((case.batch, case.queue_rows)))
-    k = torch.nn.functional.normalize(q + 0.7 * unit_rows(case.batch, case.dim, case.seed + 2), dim=1)
-    assert_same_answer(
-        backend,
-        q.float(),
-        (k * 2**bits).round().div(2**bits).float(),
-        queue.to(case.dtype),
-        hard=case.hard,
-        temperature=case.temperature,
-        seed=case.seed,
-        step=case.seed % 1000,
-        row_offset=case.seed % 77,
-    )
+    assert_same_answer(backend, *case.operands(), **case.arguments)
 
 
 @every_backend

@@ -1,8 +1,8 @@
 """The `triton` backend against eager and the float64 reference.
 
 Where there is no CUDA device the tests run in Triton's interpreter. Triton reads TRITON_INTERPRET when it is imported,
-and other tests in this process may have imported it, so `test_in_the_interpreter` runs this file in a process of its
-own. With a CUDA device they run here, compiled.
+and other tests in this process may have imported it, so `test_in_the_interpreter` runs this file and its neighbours
+test_triton_*.py in a process of its own. With a CUDA device they run here, compiled.
 """
 
 import math
@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from synco_fast.ops import HardNegatives, eager, stat_names, triton_infonce
+from synco_fast.ops import HardNegatives, triton_infonce
 from synco_fast.ops.select import hardest
 from tests.ops.cases import (
     SETTINGS,
@@ -24,19 +25,15 @@ from tests.ops.cases import (
     batch,
     everything,
     exact_rows,
-    rounding_floor,
     unit_rows,
     with_n_hard,
 )
+from tests.ops.triton_runs import APART, DEVICE, check, run
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETER else "cuda"
-APART = not INTERPRETER and not torch.cuda.is_available()
 every_setting = pytest.mark.parametrize("hard", SETTINGS.values(), ids=SETTINGS.keys())
 every_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 
 PLACE = {"seed": 2**40 + 5, "step": 7, "row_offset": 11}
-Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -53,42 +50,21 @@ def test_in_the_interpreter() -> None:
     with pytest.raises(RuntimeError, match="backend triton cannot be used: no CUDA device"):
         run(triton_infonce, *batch(dim=16), hard=HardNegatives.none())
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *Path(__file__).parent.glob("test_triton*.py"),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-
-
-def run(
-    backend: Any, q: Tensor, k: Tensor, queue: Tensor, *, hard: HardNegatives, temperature: float = 0.2, **place: Any
-) -> Result:
-    """A backend's own function, on tensors as they are. `place`: seed, step, row_offset."""
-    place = {"seed": 0, "step": 0, "row_offset": 0, **place}
-    place["step"] = torch.tensor(place["step"], device=q.device)
-    if backend is eager:
-        place["same_class"] = None
-    return backend.infonce(q, k, queue, hard, temperature, **place)
-
-
-def check(q: Tensor, k: Tensor, queue: Tensor, hard: HardNegatives, temperature: float = 0.2, **place: Any) -> Result:
-    """As exact as eager in the same precision, up to the rounding floor; the result, on the CPU."""
-    q, k, queue = q.to(DEVICE), k.to(DEVICE), queue.to(DEVICE)
-    operands = q.to(queue.dtype).double(), k.double(), queue.double()
-    (truth, true_grad, *_), (loss, grad, rank, rank_all, stats), (same, same_grad, same_rank, same_all, same_stats) = (
-        run(backend, *tensors, hard=hard, temperature=temperature, **place)
-        for backend, tensors in ((eager, operands), (triton_infonce, (q, k, queue)), (eager, (q, k, queue)))
-    )
-    assert loss.dtype == grad.dtype == stats.dtype == torch.float32 and rank.dtype == rank_all.dtype == torch.int64
-    assert loss.shape == () and grad.shape == q.shape and stats.shape == (len(stat_names(hard)),)
-    floors = rounding_floor(temperature, len(q))
-    assert (loss - truth).abs() <= 2 * (same - truth).abs() + floors[0]
-    assert (grad - true_grad).norm() <= 2 * (same_grad - true_grad).norm() + floors[1]
-    assert torch.equal(rank, same_rank) and torch.equal(rank_all, same_all)
-    torch.testing.assert_close(stats, same_stats, rtol=0, atol=max(1e-6, floors[0]))
-    return loss.cpu(), grad.cpu(), rank.cpu(), rank_all.cpu(), stats.cpu()
 
 
 def poisoned(rows: Tensor, columns: int = 5) -> Tensor:

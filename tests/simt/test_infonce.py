@@ -3,8 +3,7 @@
 Rows lie on a grid (`exact_rows`, `grid_rows`), so that no hard set hangs on a rounding and a single wrong parent shows.
 """
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from synco_fast.ops import KINDS, HardNegatives
-from tests.ops.cases import SETTINGS, everything, exact_rows, grid_rows, rounding_floor, run, unit_rows, with_n_hard
+from tests.ops.cases import (
+    SETTINGS,
+    everything,
+    exact_rows,
+    grid_rows,
+    near,
+    rounding_floor,
+    run,
+    tied_rows,
+    with_n_hard,
+)
+from tests.ops.random_calls import FULL, Case, calls, cases
 from tests.simt.build import why_not
 from tests.simt.infonce import Launch, call, edited_program, launch, program, same_precision
 from tests.simt.planted_infonce import PLANTED, WRONG, Planted
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
-CASES = max(1, int(os.environ.get("SYNCO_FAST_CASES", "100")) // 4)
 ONLY_64 = (
     ("  if (dim == 128) return launch<128>(arguments, plan, stream);\n", ""),
     ("  if (dim == 256) return launch<256>(arguments, plan, stream);\n", ""),
@@ -68,25 +77,14 @@ def assert_same_answer(
     return out
 
 
-def near(q: Tensor, seed: int, bits: int = 11) -> Tensor:
-    """Keys on the grid."""
-    k = torch.nn.functional.normalize(q + 0.7 * unit_rows(*q.shape, seed), dim=1)
-    return (k * 2**bits).round() / 2**bits
-
-
 def grid_batch(batch: int, queue_rows: int, dim: int, seed: int = 50) -> tuple[Tensor, Tensor, Tensor]:
     q = grid_rows(batch, dim, seed)
     return q.float(), near(q, seed + 1).float(), grid_rows(queue_rows, dim, seed + 2).half()
 
 
-def tied_batch(batch: int, queue_rows: int, seed: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities that tie in float16, in part in float32 too: one row, with one entry a step of the grid off."""
-    q = grid_rows(batch, 64, seed)
-    generator = torch.Generator().manual_seed(seed)
-    place = torch.randint(64, (queue_rows, 1), generator=generator)
-    steps = torch.randint(-1, 2, (queue_rows, 1), generator=generator) / 2**11
-    queue = q[:1].repeat(queue_rows, 1).scatter_add_(1, place, steps.double())
-    return q.float(), near(q, seed + 1).float(), queue.half()
+def tied_batch(batch: int, queue_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, queue = tied_rows(batch, queue_rows)
+    return q.float(), near(q, 61).float(), queue.half()
 
 
 @every_setting
@@ -100,64 +98,13 @@ def test_exact_arithmetic(hard: HardNegatives, dim: int, n_hard: int) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One random call."""
-
-    batch: int
-    queue_rows: int
-    dim: int
-    hard: HardNegatives
-    temperature: float
-    q_dtype: torch.dtype
-    k_dtype: torch.dtype
-    seed: int
-    processors: int
-
-
-dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> Case:
-    queue_rows = draw(st.sampled_from([256, 257, 300, 1001, 2050, 3000]))
-    n_hard = draw(st.sampled_from([1, 37, 255, queue_rows - 1, queue_rows]))
-    hard = HardNegatives(
-        n_hard,
-        **{kind: draw(st.sampled_from([0, 1, 5, 40])) for kind in KINDS},
-        sigma=draw(st.sampled_from([0.01, 0.3])),
-        extrapolate_from=draw(st.sampled_from(["query", "negative"])),
-    )
-    return Case(
-        batch=draw(st.sampled_from([1, 5, 5, 130, 130, 300])),
-        queue_rows=queue_rows,
-        dim=draw(st.sampled_from([64, 128, 256])),
-        hard=hard if hard.total else HardNegatives.none(),
-        temperature=draw(st.sampled_from([0.02, 0.07, 0.2, 1.0])),
-        q_dtype=draw(dtypes),
-        k_dtype=draw(dtypes),
-        seed=draw(st.integers(0, 2**40)),
-        processors=draw(st.integers(1, 9)),
-    )
-
-
-@settings(max_examples=CASES, deadline=None)
-@given(case=calls())
-def test_random_calls(case: Case) -> None:
-    bits = 8 if torch.bfloat16 in (case.q_dtype, case.k_dtype) else 11
-    q, queue = (grid_rows(n, case.dim, case.seed + i, bits) for i, n in enumerate((case.batch, case.queue_rows)))
-    assert_same_answer(
-        program(),
-        q.to(case.q_dtype),
-        near(q, case.seed + 2, bits).to(case.k_dtype),
-        queue.half(),
-        hard=case.hard,
-        temperature=case.temperature,
-        seed=case.seed,
-        step=case.seed % 1000,
-        row_offset=case.seed % 77,
-        processors=case.processors,
-    )
+@settings(max_examples=cases(100), deadline=None)
+@given(
+    case=calls(queue_dtypes=st.just(torch.float16), room=2**30 if FULL else 2**26, synthetic=10),
+    processors=st.integers(1, 9),
+)
+def test_random_calls(case: Case, processors: int) -> None:
+    assert_same_answer(program(), *case.operands(), **case.arguments, processors=processors)
 
 
 @pytest.mark.parametrize("n_hard", [1, 100, 1700, 3199])

@@ -49,10 +49,10 @@ SYNCO_BOTH Range coefficient_range(int kind, const HardNegatives& hard) {
 SYNCO_BOTH Draw draw(int kind, Range range, int hard_size, uint64_t seed, uint32_t row, uint32_t sample,
                      uint32_t step) {
   const Words words = philox(seed, row, sample, static_cast<uint32_t>(kind), step);
-  const float part = range.width * uniform(words.word[2]);
-  // Added in double so that no compiler fuses the product into the sum: both are rounded, as in PyTorch.
-  const float coefficient = static_cast<float>(static_cast<double>(range.low) + static_cast<double>(part));
-  return {integer(words.word[0], hard_size), integer(words.word[1], hard_size), coefficient};
+  // Product and sum are each rounded, as in PyTorch. A product would be fused into the sum (by g++ for x86-64-v3, by nvcc),
+  // also where the sum is written in double: compilers make a float sum of that. An fma cannot be fused once more.
+  const float part = fmaf(range.width, uniform(words.word[2]), 0.0f);
+  return {integer(words.word[0], hard_size), integer(words.word[1], hard_size), range.low + part};
 }
 
 // Blocks 1, 2, ...: the words of noise elements 4 quad .. 4 quad + 3.
