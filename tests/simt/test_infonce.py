@@ -20,14 +20,12 @@ from tests.ops.cases import (
     exact_rows,
     grid_rows,
     near,
-    rounding_floor,
-    run,
     tied_rows,
     with_n_hard,
 )
 from tests.ops.random_calls import FULL, Case, calls, cases
 from tests.simt.build import why_not
-from tests.simt.infonce import Launch, call, edited_program, launch, program, same_precision
+from tests.simt.infonce import Launch, assert_right, call, edited_program, launch, program
 from tests.simt.planted_infonce import PLANTED, WRONG, Planted
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -55,25 +53,10 @@ def assert_same_answer(
     row_offset: int = 6,
     **device: Any,
 ) -> Launch:
-    """Ranks identical to float64; loss and gradient off by at most twice what the same precision is off.
-
-    Where not `exact`, a synthetic negative may tie with the positive to the last bit, and fall on either side.
-    """
-    arguments = {"hard": hard, "temperature": temperature, "seed": seed, "step": step, "row_offset": row_offset}
-    truth, true_gradient = run("eager", q.half().double(), k.double(), queue.double(), **arguments)
-    peer_loss, peer_gradient = same_precision(q, k, queue, **arguments)
-    out = launch(built, q, k, queue, **arguments, **device)
-    assert torch.equal(out.rank, truth.rank)
-    assert (out.rank_all - truth.rank_all).abs().max() <= (0 if exact else 1)
-    loss_floor, gradient_floor = rounding_floor(temperature, len(q))
-    loss_error, peer_loss_error = (abs(x.item() - truth.loss.item()) for x in (out.loss, peer_loss))
-    assert loss_error <= 2 * peer_loss_error + loss_floor
-    error, peer_error = ((x.double() - true_gradient).norm().item() for x in (out.gradient, peer_gradient))
-    assert error <= 2 * peer_error + gradient_floor
-    # The hard set's mean similarity is taken from float16.
-    for name, value in truth.stats.items():
-        bound = 2.0**-11 if name == "hard_similarity" else 4 * loss_floor
-        assert abs(float(out.stats[name] - value)) <= bound, name
+    """As `assert_right`. device: processors, shared_bytes, schedule."""
+    place = {"seed": seed, "step": step, "row_offset": row_offset}
+    out = launch(built, q, k, queue, hard=hard, temperature=temperature, **place, **device)
+    assert_right(out, q, k, queue, hard=hard, temperature=temperature, exact=exact, **place)
     return out
 
 
