@@ -29,7 +29,7 @@ test: $(VENV)/installed  ## run the tests
 lint: $(VENV)/installed  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy synco_fast
+	$(BIN)/mypy synco_fast bench
 
 stress: $(VENV)/installed  ## run the long reliability counts; an interrupted run resumes
 	$(BIN)/python -m tests.stress
