@@ -131,29 +131,33 @@ __device__ __forceinline__ unsigned at_least(const uint4& chunk, half2 bound) {
   return mask;
 }
 
-// All similarities of a query, in shared memory if Plan::keep_row. A thread finds there, before the next barrier, the
-// chunks thread, thread + kThreads, ...
-__device__ __forceinline__ Similarities load_similarities(const Arguments& a, const Plan& p,
-                                                          const SelectionShared& shared, int row) {
+// All similarities of a query.
+__device__ __forceinline__ Similarities all_similarities(const Arguments& a, const Plan& p,
+                                                         const SelectionShared& shared, int row) {
   const int chunks = p.row_stride / 8;
   const uint4* first = reinterpret_cast<const uint4*>(a.workspace + p.similarity) + static_cast<size_t>(row) * chunks;
-  const Similarities s{first, shared.row, nullptr, chunks};
-  if (!shared.row) return s;
+  return {first, shared.row, nullptr, chunks};
+}
+
+// Start to copy them to shared memory, if Plan::keep_row: a thread the chunks thread, thread + kThreads, ...
+__device__ __forceinline__ void bring_similarities(const Arguments& a, const Plan& p, const SelectionShared& shared,
+                                                   int row) {
+  if (!shared.row) return;
+  const Similarities s = all_similarities(a, p, shared, row);
   for (int i = static_cast<int>(threadIdx.x); i < s.chunks; i += kThreads)
     cp_async16(shared.row + i, s.global + i, true);
   cp_async_commit();
-  cp_async_wait<0>();
-  return s;
 }
 
 // Of the chunks' largest elements take the n-th largest: n elements reach it, so what does not is not among the n
 // largest. What does is written to shared memory, in order. A histogram of the chunks' largest takes an eighth of the
 // atomic operations of one of all elements, and what comes after has little more than n elements to look at. Where
 // there are fewer chunks than n, or the candidates do not fit, all similarities are returned. Barriers on both sides
-// are inside.
+// are inside. `all` was asked for by bring_similarities.
 __device__ __forceinline__ Similarities narrow(const Arguments& a, const Similarities& all,
                                                const SelectionShared& shared) {
   const int n = a.hard.n_hard;
+  cp_async_wait<0>();  // this thread's chunks have come; those of others, after a barrier
   if (all.chunks < n) {
     __syncthreads();
     return all;

@@ -86,7 +86,16 @@ PLANTED = {
     "ties split among all": Planted(
         SELECT, "shift == 21 || key >> (shift + bits) == prefix", "true", "ties", evidence=PAST_GLOBAL
     ),
-    "similarities read before they have come": Planted(NARROW, "  cp_async_wait<0>();\n", "", evidence=PAST_GLOBAL),
+    "similarities read before they have come": Planted(
+        NARROW, "  cp_async_wait<0>();  //", "  //", evidence=PAST_GLOBAL
+    ),
+    "the next row's similarities over this one's": Planted(
+        FINISH,
+        "    hard_sum = write_hard_set",
+        "    if (next >= 0) bring_similarities(a, p, shared.selection, next);\n    hard_sum = write_hard_set",
+        "unnarrowed",
+        evidence=PAST_GLOBAL,
+    ),
     "candidates of another chunk": Planted(NARROW, "[place] = i * 8 + element;", "[place] = first * 8 + element;"),
     "candidates of a warp over those of another": Planted(NARROW, "int before = warps.before;", "int before = 0;"),
     "what equals the bound is no candidate": Planted(

@@ -242,6 +242,8 @@ def planted_input(name: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, A
         return (q, -k, queue), common
     if name == "whole":
         return grid_batch(5, 301, 64), {**common, "hard": everything(301)}
+    if name == "unnarrowed":  # two queries to a block
+        return grid_batch(5, 301, 64), {**common, "hard": everything(100)}
     if name == "collapsed":
         return tied_batch(5, 1000), common
     if name == "ties":
