@@ -67,6 +67,19 @@ __device__ __forceinline__ Scanned block_scan(int value, int* scratch) {
   return {before, total};
 }
 
+// The same within a warp for values below 16, four votes in place of a chain of shuffles.
+__device__ __forceinline__ Scanned warp_scan_small(unsigned value) {
+  const unsigned lanes_before = (1u << lane_id()) - 1u;
+  Scanned sum{0, 0};
+#pragma unroll
+  for (int bit = 0; bit < 4; ++bit) {
+    const unsigned votes = __ballot_sync(kAllLanes, value >> bit & 1u);
+    sum.before += __popc(votes & lanes_before) << bit;
+    sum.total += __popc(votes) << bit;
+  }
+  return sum;
+}
+
 struct Found {
   int bin, above, inside;  // the bin that holds the n-th largest; how many lie in the bins above, and in it
 };
@@ -181,15 +194,10 @@ __device__ __forceinline__ Similarities narrow(const Arguments& a, const Similar
     const int i = first + lane_id();
     const uint4 chunk = i < segment.end ? all.load(i) : make_uint4(0, 0, 0, 0);
     unsigned mask = i < segment.end ? at_least(chunk, bound) : 0u;
-    int place = __popc(mask);
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, place, offset);
-      if (lane_id() >= offset) place += other;
-    }
-    const int end = before + place;
-    before += __shfl_sync(kAllLanes, place, 31);
-    for (place = end - __popc(mask); mask; mask &= mask - 1, ++place) {
+    const Scanned lanes = warp_scan_small(static_cast<unsigned>(__popc(mask)));
+    int place = before + lanes.before;
+    before += lanes.total;
+    for (; mask; mask &= mask - 1, ++place) {
       const int element = __ffs(static_cast<int>(mask)) - 1;
       candidates[place] = __ushort_as_half(static_cast<unsigned short>(element_bits(chunk, element)));
       shared.candidate_rows[place] = i * 8 + element;

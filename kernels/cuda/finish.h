@@ -157,6 +157,7 @@ __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, co
   float hard_sum = 0.f;
   const QueryShare<dim> query = share_query<dim>(a, shared.selection.query, batch_row);
   if (a.hard.n_hard) {
+    draw_some(a, shared.synthesis, query.row, query.step, 0);  // while the similarities come
     const Similarities s = narrow(a, all_similarities(a, p, shared.selection, row), shared.selection);
     const Threshold threshold = find_threshold<dim>(a, s, shared.selection);
     hard_sum = write_hard_set<dim>(a, s, shared.selection, threshold);

@@ -35,7 +35,8 @@ __device__ __forceinline__ void visit_ties(const Arguments& a, const Similaritie
     while (lanes) {
       const int lane = __ffs(static_cast<int>(lanes)) - 1;
       lanes &= lanes - 1;
-      visit(lane, i, dot_key<dim>(a, query, s.row((first + lane) * 8 + i)));
+      // With NaN among the similarities, what lies beyond the queue may be tied.
+      visit(lane, i, dot_key<dim>(a, query, min(s.row((first + lane) * 8 + i), a.queue_rows - 1)));
     }
   }
 }
@@ -150,21 +151,10 @@ __device__ __forceinline__ float write_hard_set(const Arguments& a, const Simila
     const bool exists = first + lane_id() < segment.end;
     const uint4 chunk = exists ? s.load(first + lane_id()) : make_uint4(0, 0, 0, 0);
     const Membership m = membership<dim>(a, s, threshold, shared.query, chunk, exists, first);
-    Before lane = before;
-    int own_sure = __popc(m.sure), own_equal = __popc(m.equal);
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other_sure = __shfl_up_sync(kAllLanes, own_sure, offset);
-      const int other_equal = __shfl_up_sync(kAllLanes, own_equal, offset);
-      if (lane_id() >= offset) {
-        own_sure += other_sure;
-        own_equal += other_equal;
-      }
-    }
-    lane.sure += own_sure - __popc(m.sure);
-    lane.equal += own_equal - __popc(m.equal);
-    before.sure += __shfl_sync(kAllLanes, own_sure, 31);
-    before.equal += __shfl_sync(kAllLanes, own_equal, 31);
+    const Scanned lanes_sure = warp_scan_small(static_cast<unsigned>(__popc(m.sure)));
+    const Scanned lanes_equal = warp_scan_small(static_cast<unsigned>(__popc(m.equal)));
+    Before lane{before.sure + lanes_sure.before, before.equal + lanes_equal.before};
+    before = {before.sure + lanes_sure.total, before.equal + lanes_equal.total};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool is_equal = m.equal >> i & 1u, taken = (m.sure >> i & 1u) || (is_equal && lane.equal < threshold.equal);

@@ -175,41 +175,66 @@ __device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<di
   if constexpr (kind == kAdversarial) sum.on_sign = fmaf(scaled, a.hard.eta, sum.on_sign);
 }
 
-// All synthetic negatives of a kind: the block draws them, kDrawsAtOnce at a time, then its groups share them.
-template <int dim, int kind>
-__device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<dim>& query,
-                                          const SynthesisShared& shared, Pulled<dim>& sum) {
-  constexpr int groups = kThreads / kGroup<dim>;
-  const int count = a.hard.count[kind], group = static_cast<int>(threadIdx.x) / kGroup<dim>;
-  const Range range = coefficient_range(kind, a.hard);
-  for (int start = 0; start < count; start += kDrawsAtOnce) {
-    const int left = min(count - start, kDrawsAtOnce);
-    __syncthreads();  // the draws before may still be read
-    for (int i = static_cast<int>(threadIdx.x); i < left; i += kThreads)
-      shared.draws[i] = draw(kind, range, a.hard.n_hard, a.seed, query.row, static_cast<uint32_t>(start + i), query.step);
-    __syncthreads();
-    // Rows are asked for one turn ahead: they take longer to come than a synthetic negative takes.
-    const int turns_end = (left + groups - 1) / groups * groups;
-    Parents<dim> next = load_parents<dim, kind>(a, shared, min(group, left - 1));
-    for (int i = group; i < turns_end; i += groups) {
-      const Parents<dim> parents = next;
-      if (i + groups < turns_end) next = load_parents<dim, kind>(a, shared, min(i + groups, left - 1));
-      const int own = min(i, left - 1);
-      const uint32_t sample = static_cast<uint32_t>(start + own);
-      pull_one<dim, kind>(a, query, parents, shared.draws[own].coefficient, sample, i < left, sum);
+// Draws start .. start + kDrawsAtOnce - 1 of the query's, counted over all kinds in their order, by the block.
+__device__ __forceinline__ void draw_some(const Arguments& a, const SynthesisShared& shared, uint32_t row, uint32_t step,
+                                          int start) {
+  const int end = min(start + kDrawsAtOnce, a.hard.total());
+  for (int i = start + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+    int kind = 0, sample = i, before = 0;
+    Range range{};
+#pragma unroll
+    for (int each = 0; each < kKinds; ++each) {
+      if (i >= before && i < before + a.hard.count[each]) {
+        kind = each;
+        sample = i - before;
+        range = coefficient_range(each, a.hard);
+      }
+      before += a.hard.count[each];
     }
+    shared.draws[i - start] = draw(kind, range, a.hard.n_hard, a.seed, row, static_cast<uint32_t>(sample), step);
   }
 }
 
+// Those synthetic negatives of a kind whose draws lie from `start` on, shared out over the block's groups. `before`: how
+// many draws the kinds before this one have.
+template <int dim, int kind>
+__device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<dim>& query,
+                                          const SynthesisShared& shared, int start, int& before, Pulled<dim>& sum) {
+  constexpr int groups = kThreads / kGroup<dim>;
+  const int group = static_cast<int>(threadIdx.x) / kGroup<dim>, begin = before;
+  before += a.hard.count[kind];
+  const int first = max(begin - start, 0), left = min(before - start, kDrawsAtOnce) - first;
+  if (left <= 0) return;
+  // Rows are asked for one turn ahead: they take longer to come than a synthetic negative takes.
+  const int turns_end = (left + groups - 1) / groups * groups;
+  Parents<dim> next = load_parents<dim, kind>(a, shared, first + min(group, left - 1));
+  for (int i = group; i < turns_end; i += groups) {
+    const Parents<dim> parents = next;
+    if (i + groups < turns_end) next = load_parents<dim, kind>(a, shared, first + min(i + groups, left - 1));
+    const int own = first + min(i, left - 1);
+    const uint32_t sample = static_cast<uint32_t>(start + own - begin);
+    pull_one<dim, kind>(a, query, parents, shared.draws[own].coefficient, sample, i < left, sum);
+  }
+}
+
+// All synthetic negatives of a query, of which draw_some has drawn the first.
 template <int dim>
 __device__ __forceinline__ void pull_all(const Arguments& a, const QueryShare<dim>& query,
                                          const SynthesisShared& shared, Pulled<dim>& sum) {
-  pull_kind<dim, kInterpolated>(a, query, shared, sum);
-  pull_kind<dim, kExtrapolated>(a, query, shared, sum);
-  pull_kind<dim, kMixed>(a, query, shared, sum);
-  pull_kind<dim, kNoisy>(a, query, shared, sum);
-  pull_kind<dim, kPerturbed>(a, query, shared, sum);
-  pull_kind<dim, kAdversarial>(a, query, shared, sum);
+  for (int start = 0; start < a.hard.total(); start += kDrawsAtOnce) {
+    if (start) {
+      __syncthreads();  // the draws before may still be read
+      draw_some(a, shared, query.row, query.step, start);
+      __syncthreads();
+    }
+    int before = 0;
+    pull_kind<dim, kInterpolated>(a, query, shared, start, before, sum);
+    pull_kind<dim, kExtrapolated>(a, query, shared, start, before, sum);
+    pull_kind<dim, kMixed>(a, query, shared, start, before, sum);
+    pull_kind<dim, kNoisy>(a, query, shared, start, before, sum);
+    pull_kind<dim, kPerturbed>(a, query, shared, start, before, sum);
+    pull_kind<dim, kAdversarial>(a, query, shared, start, before, sum);
+  }
 }
 
 }  // namespace synco::cuda

@@ -6,6 +6,7 @@ WRONG = "wrong"  # numbers that disagree with float64
 RACE = "WARNING: ThreadSanitizer: data race"
 PAST_SHARED = "wrote outside a shared array"
 PAST_GLOBAL = "outside of every cudaMalloc"
+UNDER_WAY = "cp.async copies under way"
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,14 @@ PLANTED = {
             ("min(lane.equal, threshold.equal)", "max(lane.equal, 0)"),
         ),
     ),
-    "ties never split": Planted(SELECT, "room == low.inside, 0, 0}", "true, 0, 0}", "ties", evidence=PAST_SHARED),
+    "ties never split": Planted(SELECT, "room == low.inside, 0, 0}", "true, 0, 0}", "ties", evidence=PAST_GLOBAL),
     "ties not split in float32": Planted(
         SELECT, "key > threshold.bound) << i", "false) << i", "ties", evidence=PAST_GLOBAL
     ),
     "ties split among all": Planted(
         SELECT, "shift == 21 || key >> (shift + bits) == prefix", "true", "ties", evidence=PAST_GLOBAL
     ),
-    "similarities read before they have come": Planted(
-        NARROW, "  cp_async_wait<0>();  //", "  //", evidence=PAST_GLOBAL
-    ),
+    "similarities read before they have come": Planted(NARROW, "  cp_async_wait<0>();  //", "  //", evidence=UNDER_WAY),
     "the next row's similarities over this one's": Planted(
         FINISH,
         "    hard_sum = write_hard_set",
@@ -125,10 +124,15 @@ PLANTED = {
         "exp2_approx(form.similarity * query.log2e_over_t)",
     ),
     "no barrier before draws are overwritten": Planted(
-        SYNTHESIS, "    __syncthreads();  // the draws before may still be read\n", "", "race", "threads", RACE
+        SYNTHESIS, "      __syncthreads();  // the draws before may still be read\n", "", "many", "threads", RACE
     ),
     "seed's high word dropped": Planted(
-        SYNTHESIS, "a.hard.n_hard, a.seed, query", "a.hard.n_hard, a.seed & 0xffffffffu, query"
+        SYNTHESIS, "a.hard.n_hard, a.seed, row", "a.hard.n_hard, a.seed & 0xffffffffu, row"
+    ),
+    "part of a row never written": Planted(
+        "infonce.cu",
+        "p.row_stride = divide_up(queue_rows, tile_columns(dim)) * tile_columns(dim);",
+        "p.row_stride = divide_up(queue_rows, tile_columns(dim)) * tile_columns(dim) + 64;",
     ),
     "step dropped": Planted(FINISH, "share.step = static_cast<uint32_t>(load_global(a.step));", "share.step = 0;"),
     "row offset dropped": Planted(FINISH, "share.row = a.row_offset + ", "share.row = "),

@@ -35,11 +35,10 @@ RECORDING = {
     ),
     "synthesis.h": (
         (
-            "      const uint32_t sample = ",
-            "      int place = static_cast<int>(query.row - a.row_offset) * a.hard.total() + start + own;\n"
-            "      for (int before = 0; before < kind; ++before) place += a.hard.count[before];\n"
-            "      if (i < left && lane_id() % kGroup<dim> == 0) a.draws[place] = shared.draws[own];\n"
-            "      const uint32_t sample = ",
+            "    const uint32_t sample = ",
+            "    const int place = static_cast<int>(query.row - a.row_offset) * a.hard.total() + start + own;\n"
+            "    if (i < left && lane_id() % kGroup<dim> == 0) a.draws[place] = shared.draws[own];\n"
+            "    const uint32_t sample = ",
         ),
     ),
     "infonce_main.cpp": (

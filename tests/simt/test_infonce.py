@@ -222,6 +222,8 @@ def planted_input(name: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, A
     common = {"hard": everything(12), "temperature": 0.2, "seed": 2**33 + 5, "processors": 3}
     if name == "race":  # two queries to a block
         return grid_batch(5, 300, 64), {**common, "hard": everything(12, interpolated=40, adversarial=40)}
+    if name == "many":  # more than are drawn at once
+        return grid_batch(2, 300, 64), {**common, "hard": everything(12, interpolated=700, mixed=700)}
     if name == "units":
         return grid_batch(130, 300, 64), {**common, "hard": HardNegatives.none(), "processors": 1}
     if name == "exact":
