@@ -75,7 +75,7 @@ def exact_rows(rows: int, dim: int, seed: int) -> Tensor:
     return signs.double() / (16 if dim == 256 else 8)
 
 
-def rounding_floor(temperature: float, rows: int) -> tuple[float, float]:
+def rounding_floor(temperature: float, rows: int, loss: float = 0.0) -> tuple[float, float]:
     """How far a correct float32 answer may be from the truth: the loss, and the gradient's Frobenius norm.
 
     The same-precision reference's own error may be small by luck, so a bound of twice that needs a floor. With
@@ -84,9 +84,12 @@ def rounding_floor(temperature: float, rows: int) -> tuple[float, float]:
     sum of weights. A row of the gradient is (sum_v p_v v - k) / (B t). The p_v sum to 1, so an error that all logits
     share drops out, and what differs between them averages over the negatives: eps / t is left of it, a row is off by
     eps / (B t^2), and the B rows together by eps / (sqrt(B) t^2).
+
+    A loss that is not small against 1 / t is rounded itself: the logarithm, its sum with the positive's logit and the
+    mean over the batch are each off by up to eps / 2 of it, and together by about eps.
     """
     eps = 2.0**-23
-    return 4 * eps / temperature, eps / (rows**0.5 * temperature**2)
+    return 4 * eps / temperature + eps * loss, eps / (rows**0.5 * temperature**2)
 
 
 def grid_rows(rows: int, dim: int, seed: int, bits: int = 11) -> Tensor:

@@ -49,8 +49,9 @@ class Case:
 
 
 def whole(low: int, high: int) -> st.SearchStrategy[int]:
-    """Whole numbers, small ones as likely as large ones."""
-    return st.integers(0, (high - low).bit_length()).flatmap(lambda bits: st.integers(low, min(high, low + 2**bits)))
+    """Whole numbers, small ones as likely as large ones: those of 3 bits, say, as those of 9."""
+    lengths = st.integers(low.bit_length(), high.bit_length())
+    return lengths.flatmap(lambda bits: st.integers(max(low, 2**bits // 2), min(high, 2**bits - 1)))
 
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -70,22 +71,23 @@ def calls(
     Args:
         queue_rows: the most rows of the queue.
         queue_dtypes: those that the backend takes.
-        room: B D (K + synthetic * synthetic negatives) stays below, unless it is more with a single query.
+        room: bound on a call's work, B D (K + synthetic * synthetic negatives), unless a single query is more already.
+            Of a kind at least 64 are counted: so many or so are made at a time.
         synthetic: cost of a synthetic negative in rows of the queue.
     """
     dim = draw(st.sampled_from([64, 128, 256]))
     rows = draw(whole(256, queue_rows))
-    most = min(512, room // (len(KINDS) * synthetic * dim))
+    most = draw(whole(0, min(512, room // (len(KINDS) * synthetic * dim))))
     hard = HardNegatives(
         draw(whole(1, min(4096, rows)) | st.just(min(4096, rows))),
         **{kind: draw(whole(0, most)) for kind in KINDS},
         sigma=draw(st.sampled_from([0.01, 0.3])),
         extrapolate_from=draw(st.sampled_from(["query", "negative"])),
     )
-    if not hard.total or draw(st.sampled_from([False, False, False, True])):
-        hard = HardNegatives.none()
+    hard = hard if hard.total else HardNegatives.none()
+    made = sum(max(64, hard.count(kind)) for kind in hard.kinds)
     return Case(
-        batch=draw(whole(1, max(1, min(300, room // (dim * (rows + synthetic * hard.total)))))),
+        batch=draw(whole(1, max(1, min(300, room // (dim * (rows + synthetic * made)))))),
         queue_rows=rows,
         dim=dim,
         hard=hard,

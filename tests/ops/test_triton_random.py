@@ -8,8 +8,11 @@ from tests.ops.triton_runs import check, here
 pytestmark = here
 
 
+SIZES = {"room": 2**25} if FULL else {"room": 2**21, "queue_rows": 2000}
+
+
 # A failure is not made smaller: that would take minutes.
-@settings(max_examples=cases(40), deadline=None, phases=(Phase.reuse, Phase.generate))
-@given(case=calls(room=2**26, synthetic=80) if FULL else calls(queue_rows=2000, room=2**22, synthetic=80))
+@settings(max_examples=cases(30), deadline=None, phases=(Phase.reuse, Phase.generate))
+@given(case=calls(synthetic=80, **SIZES))
 def test_random_calls(case: Case) -> None:
     check(*case.operands(), **case.arguments, ties=1)

@@ -141,14 +141,14 @@ def assert_right(
     peer_loss, peer_gradient = same_precision(q, k, queue, **arguments)
     assert torch.equal(out.rank, truth.rank)
     assert (out.rank_all - truth.rank_all).abs().max() <= (0 if exact else 1)
-    loss_floor, gradient_floor = rounding_floor(temperature, len(q))
+    loss_floor, gradient_floor = rounding_floor(temperature, len(q), truth.loss.item())
     loss_error, peer_loss_error = (abs(x.item() - truth.loss.item()) for x in (out.loss, peer_loss))
     assert loss_error <= 2 * peer_loss_error + loss_floor
     error, peer_error = ((x.double() - true_gradient).norm().item() for x in (out.gradient, peer_gradient))
     assert error <= 2 * peer_error + gradient_floor
     # The hard set's mean similarity is taken from float16.
     for name, value in truth.stats.items():
-        bound = 2.0**-11 if name == "hard_similarity" else 4 * loss_floor
+        bound = 2.0**-11 if name == "hard_similarity" else 4 * rounding_floor(temperature, len(q))[0]
         assert abs(float(out.stats[name] - value)) <= bound, name
 
 

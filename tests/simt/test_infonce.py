@@ -81,11 +81,11 @@ def test_exact_arithmetic(hard: HardNegatives, dim: int, n_hard: int) -> None:
     )
 
 
+SIZES = {"room": 2**30} if FULL else {"room": 2**25, "queue_rows": 4000}
+
+
 @settings(max_examples=cases(100), deadline=None)
-@given(
-    case=calls(queue_dtypes=st.just(torch.float16), room=2**30 if FULL else 2**26, synthetic=10),
-    processors=st.integers(1, 9),
-)
+@given(case=calls(queue_dtypes=st.just(torch.float16), synthetic=10, **SIZES), processors=st.integers(1, 9))
 def test_random_calls(case: Case, processors: int) -> None:
     assert_same_answer(program(), *case.operands(), **case.arguments, processors=processors)
 
