@@ -82,19 +82,7 @@ def infonce(
     step: Tensor,
     row_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, its gradient with respect to q (float32), rank, rank_all and statistics. Arguments as in the op.
-
-    Raises:
-        RuntimeError: the backend cannot be used here.
-        TypeError, ValueError: a dtype, device, shape or number that the kernels are not made for.
-    """
-    state = status()
-    if state != "ok":
-        raise RuntimeError(f"backend triton cannot be used: {state}")
-    refused = objection(queue, hard, temperature)
-    if refused:
-        error = ValueError if queue.dtype in _TERMS else TypeError
-        raise error(f"backend triton does not take this call: {refused}; use eager")
+    """Loss, its gradient with respect to q (float32), rank, rank_all and statistics. Arguments as in the op."""
     # Rounded once. Rows may lie apart, but the elements of a row may not.
     q, k, queue = (_with_dense_rows(tensor.detach()) for tensor in (q.to(queue.dtype), k, queue))
     grad = torch.empty(q.shape, dtype=torch.float32, device=q.device)

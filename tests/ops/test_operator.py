@@ -29,7 +29,11 @@ def operator_arguments(
 @pytest.mark.parametrize(
     ("backend", "name"),
     [("eager", "class oracle")]
-    + [(backend, name) for backend in ("eager", "cpu") for name in ("none", "all", "float16 queue", "no gradient")],
+    + [
+        (backend, name)
+        for backend in ("eager", "cpu")
+        for name in ("none", "all", "float16 queue", "no gradient", "columns first")
+    ],
 )
 def test_opcheck_infonce(backend: str, name: str) -> None:
     q, k, queue = (x.float() for x in batch(seed=60))
@@ -37,7 +41,7 @@ def test_opcheck_infonce(backend: str, name: str) -> None:
     labels = (torch.arange(5), torch.arange(40) % 5) if name == "class oracle" else (None, None)
     arguments = operator_arguments(
         q.requires_grad_(name != "no gradient"),
-        k,
+        k.T.contiguous().T if name == "columns first" else k,
         queue.half() if name == "float16 queue" else queue,
         hard,
         *labels,
