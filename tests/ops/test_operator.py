@@ -101,6 +101,23 @@ def test_compiled_is_the_same(as_tensor: bool) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_inductor_is_the_same(backend: str) -> None:
+    """What torch.compile uses by itself; a key whose columns come first, as a view may have them."""
+    q, k, queue = (x.float() for x in batch(seed=63))
+
+    def loss(q: Tensor) -> Tensor:
+        return 2 * infonce(q, k.T.contiguous().T, queue, hard=everything(), backend=backend).loss
+
+    gradients = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaf = q.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_once_for_every_step_and_batch_size() -> None:
     """The fake implementation keeps the batch size symbolic; a step in a tensor is data."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
