@@ -5,7 +5,6 @@ See bench/README.md.
 
 import argparse
 import datetime
-import importlib.metadata
 import platform
 import re
 import subprocess
@@ -24,6 +23,7 @@ from bench.measure import Yardstick, device_name, interleaved, quantiles
 from bench.rows import Row
 from synco_fast import __version__
 from synco_fast.errors import UserError
+from synco_fast.machine import version
 from synco_fast.ops import KINDS, HardNegatives
 
 _REPOSITORY = Path(__file__).parent.parent
@@ -165,19 +165,12 @@ def about_run(device: str) -> Row:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "synco_fast": __version__,
-            "triton": _version("triton"),
+            "triton": version("triton"),
             "cuda": torch.version.cuda if device == "cuda" else None,
         },
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

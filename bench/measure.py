@@ -1,7 +1,6 @@
 """Time, and the device's peaks: what it can do at best, against which times are judged."""
 
 import gc
-import platform
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from bench.case import DTYPES
+from synco_fast.machine import cpu_name
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -124,11 +124,4 @@ def _product(dtype: torch.dtype, size: int, device: str) -> Callable[[], Any]:
 
 def device_name(device: str) -> str:
     """The processor's or the GPU's name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
