@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from synco_fast.ops.draws import _range
+from synco_fast.ops.draws import coefficient_range
 from synco_fast.ops.hard import KINDS, HardNegatives, terms
 from synco_fast.ops.numbers import MIN_NORM, MIN_TEMPERATURE
 from synco_fast.ops.result import stat_names
@@ -247,7 +247,7 @@ def _tables(hard: HardNegatives, samples: int, device: torch.device) -> tuple[Te
     """
     drawn, built = [], []
     for place, kind in enumerate(hard.kinds):
-        low, high = _range(kind, hard)
+        low, high = coefficient_range(kind, hard)
         # The coefficients are affine: taken at 0 and at 1. A kind with one parent has nothing on the second.
         at_0, at_1 = ((t.query, *t.parents, 0.0)[:3] for t in (terms(kind, 0.0, hard), terms(kind, 1.0, hard)))
         affine = [x for a, b in zip(at_0, at_1, strict=True) for x in (a, b - a)]
