@@ -83,7 +83,7 @@ def _differentiated(q: Tensor, loss: Callable[[], Tensor]) -> Step:
 _WORKSPACE = 2**26
 """Bytes of similarities that `cuda` and `triton` keep at a time; a batch that needs more takes further passes."""
 
-_CPU_TILE, _CPU_TILE_COLUMNS, _CPU_TASKS = 128, 512, 8
+_CPU_TILE, _CPU_TILE_COLUMNS, _CPU_TASKS = 128, 512, 16
 _CUDA_TILE = 128
 _TRITON_TILES = {"float32": 16, "float16": 64, "bfloat16": 64}
 _TRITON_TERMS = {"float32": 1, "float16": 2, "bfloat16": 3}

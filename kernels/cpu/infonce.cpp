@@ -23,9 +23,9 @@
 namespace synco::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 128;      // queries of a tile
+constexpr int64_t kTileRows = 128;     // queries of a tile
 constexpr int64_t kTileColumns = 512;  // queue rows of a tile: similarities and queue rows share the L2 cache
-constexpr int64_t kTasks = 8;          // at least so many, when there is so much to do
+constexpr int64_t kTasks = 16;         // at least so many, when there is so much to do
 
 struct Weighed {
   double weight;
