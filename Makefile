@@ -29,7 +29,7 @@ test: $(VENV)/installed  ## run the tests
 lint: $(VENV)/installed  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy synco_fast
+	$(BIN)/mypy synco_fast bench
 
 stress: $(VENV)/installed  ## run the long reliability counts; an interrupted run resumes
 	$(BIN)/python -m tests.stress
@@ -57,4 +57,5 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI) 
 	@echo "Installing the pinned dependencies (several GB and some minutes the first time, silent until done)"
 	$(PIP_INSTALL) pip setuptools wheel torch  # torch before the package: its kernels are compiled against it
 	$(PIP_INSTALL) --no-build-isolation -e '.[$(DALI),dev]'
+	@$(BIN)/synco-fast doctor | sed -n '/^backends/,/^$$/p'  # pip does not show which kernels were built
 	@touch $@

@@ -8,14 +8,15 @@ GPU. What cannot be built is said and left out; `synco-fast doctor` says it agai
 import glob
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from typing import Any
 
 from setuptools import find_packages, setup
 
-# Without TORCH_CUDA_ARCH_LIST and without a GPU to look at: every architecture the kernel is checked on.
-ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# Without TORCH_CUDA_ARCH_LIST, whatever GPU is at hand: the library may be used on another.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def say(what: str) -> None:
@@ -25,7 +26,7 @@ def say(what: str) -> None:
 def find_cuda() -> None:
     """Set CUDA_HOME, unless it is set, to the toolkit of the nvcc on the path, which may be a link or a script."""
     nvcc = shutil.which("nvcc")
-    if nvcc is None or "CUDA_HOME" in os.environ:
+    if nvcc is None or os.environ.get("CUDA_HOME"):
         return
     output = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     found = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
@@ -53,18 +54,33 @@ def why_not_cuda() -> str | None:
     return None
 
 
+def architectures(nvcc: str) -> str:
+    """Those of ARCHITECTURES that this nvcc knows, and for later GPUs the PTX of the last, as torch writes a list."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return ";".join(name for name in ARCHITECTURES if "sm_" + name.replace(".", "") in known) + "+PTX"
+
+
 def compiled_kernels() -> dict[str, Any]:
     """The extension's arguments to setup(), or none when it cannot be built here."""
     find_cuda()
     try:
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
     except ImportError:
         say("torch is not installed here, so the kernels are left out (install torch, then use --no-build-isolation)")
         return {}
-    if shutil.which(get_cxx_compiler()) is None:
-        say(f"there is no C++ compiler ({get_cxx_compiler()}), so the kernels are left out")
+    compiler = os.environ.setdefault("CXX", get_cxx_compiler())  # setuptools would take the one that made Python
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        say(f"there is no C++ compiler ({compiler}), so the kernels are left out")
         return {}
+
+    class BuildKernels(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception:
+                say("the kernels did not compile: CUDA_HOME=none leaves out the CUDA kernel, CXX=none all of them")
+                raise
+
     # As torch itself is compiled: libm calls that set errno, and comparisons that might trap, are not vectorised.
     flags = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
     settings: dict[str, Any] = {
@@ -78,17 +94,17 @@ def compiled_kernels() -> dict[str, Any]:
         say(f"building the CPU kernels only: {obstacle}")
         extension = CppExtension("synco_fast._kernels", **settings, extra_compile_args=flags)
     else:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-        say(f"building the CPU and CUDA kernels for {os.environ.get('TORCH_CUDA_ARCH_LIST', 'the GPU at hand')}")
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(os.path.join(CUDA_HOME, "bin", "nvcc"))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = wanted
+        say(f"building the CPU and CUDA kernels for {wanted}")
         settings["sources"].append("kernels/cuda/infonce.cu")
         extension = CUDAExtension(
             "synco_fast._kernels",
             **settings,
             define_macros=[("SYNCO_WITH_CUDA", None)],
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--threads", "2"]},
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--threads", os.environ.get("MAX_JOBS", "0")]},
         )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels.with_options(use_ninja=False)}}
 
 
 setup(

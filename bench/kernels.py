@@ -80,8 +80,9 @@ def points(sweep: str, sizes: Sizes, quick: bool) -> list[Point]:
     if sweep == "default":
         return [Point(sweep, None, sizes, {"moco": _NONE, "synco": sizes.hard, "mochi": sizes.mochi})]
     if sweep == "kinds":
-        alone = {kind: replace(_NONE, n_hard=sizes.hard.n_hard, **{kind: sizes.hard.count(kind)}) for kind in KINDS}
-        return [Point(sweep, None, sizes, {"moco": _NONE, **{kind: alone[kind] for kind in sizes.hard.kinds}})]
+        hard = sizes.hard
+        alone = {kind: _with(_NONE, n_hard=hard.n_hard, **{kind: hard.count(kind)}) for kind in hard.kinds}
+        return [Point(sweep, None, sizes, {"moco": _NONE, **alone})]
     found = []
     for x in (QUICK_SWEEPS if quick else SWEEPS)[sweep]:
         if sweep == "n_hard":
@@ -89,13 +90,18 @@ def points(sweep: str, sizes: Sizes, quick: bool) -> list[Point]:
         elif sweep == "counts":
             varied = replace(sizes, hard=_times(sizes.hard, x))
         else:
-            varied = replace(sizes, **{sweep: x})
+            change: dict[str, Any] = {sweep: x}
+            varied = replace(sizes, **change)
         found.append(Point(sweep, x, varied, {"moco": _NONE, "synco": varied.hard}))
     return found
 
 
+def _with(hard: HardNegatives, **changes: Any) -> HardNegatives:
+    return replace(hard, **changes)
+
+
 def _times(hard: HardNegatives, factor: int) -> HardNegatives:
-    return replace(hard, **{kind: factor * hard.count(kind) for kind in KINDS}) if factor else _NONE
+    return _with(hard, **{kind: factor * hard.count(kind) for kind in KINDS}) if factor else _NONE
 
 
 def cases(point: Point, names: Sequence[str], dtype: str, device: str) -> list[Case]:

@@ -214,7 +214,7 @@ def _vectors(
 
 def _by_autograd(anchor: Tensor, negatives: Tensor) -> Tensor:
     """Gradient of q . n with respect to each n (B, S, D), one call of autograd for each of the S samples."""
-    gradients = []
+    gradients: list[Tensor] = []
     for sample in range(negatives.shape[1]):
         negative = negatives[:, sample].clone().requires_grad_()
         similarity = torch.einsum("bd,bd->b", anchor, negative)

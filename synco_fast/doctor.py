@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 
@@ -21,13 +22,21 @@ _PACKAGES = ("torch", "torchvision", *_DALI, "triton", "numpy", "pydantic", "PyY
 def text() -> str:
     """The report, one aligned line for each thing looked at."""
     sections = {
-        "versions": [("synco_fast", __version__), ("python", platform.python_version()), *_versions()],
+        "versions": [
+            ("synco_fast", __version__),
+            ("python", platform.python_version()),
+            *_versions(),
+            ("CUDA of torch", torch.version.cuda or "none"),
+        ],
         "devices": _devices(),
         "data": [("DALI", _dali())],
         "backends of the op": list(backends().items()),
         "accelerators": [
-            ("C++ compiler", _program("g++", "the compiled kernels need it; install g++")),
-            ("CUDA compiler", _program("nvcc", "the CUDA kernels to come need it; install the CUDA toolkit")),
+            ("C++ compiler", _compiler(os.environ.get("CXX", "c++"), "the kernels need it; install g++")),
+            (
+                "CUDA compiler",
+                _compiler("nvcc", "the CUDA kernel needs it; install the toolkit of torch's CUDA version"),
+            ),
             ("NVIDIA apex", _apex()),
         ],
         "distributed": _distributed(),
@@ -98,13 +107,15 @@ def _dali() -> str:
     return f"ok: {installed[0]}, {place}"
 
 
-def _program(name: str, advice: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        return f"not found: {advice}"
-    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+def _compiler(command: str, advice: str) -> str:
+    words = shlex.split(command)
+    if shutil.which(words[0]) is None:
+        return f"{command} not found: {advice}"
+    output = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False).stdout
     lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1 if name == "nvcc" else 0] if lines else f"{path} does not say its version"
+    return (
+        next((line for line in lines if "release" in line), lines[0]) if lines else f"{command} is of unknown version"
+    )
 
 
 def _apex() -> str:

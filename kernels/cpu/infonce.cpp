@@ -9,9 +9,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/row.h"
@@ -42,9 +45,31 @@ SYNCO_CLONES Weighed weigh(float* similarity, int count, float positive, float l
   return {weight, rank};
 }
 
+// Whether bfloat16 products with float32 sums (AMX, or AVX-512's) are there and the processor has them.
+bool has_bfloat16_products() {
+#if defined(__x86_64__)
+  static const bool found = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    const at::BFloat16 one[32] = {};
+    float zero[1];
+    try {
+      at::native::cpublas::brgemm(1, 1, 32, 32, 1, 1, false, one, one, zero);
+      at::native::cpublas::brgemm_release();
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return true;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 // The inputs as float32, and what is fixed by their shapes.
 struct Plan {
   at::Tensor q, k, queue;  // q rounded to the queue's dtype, then float32
+  at::Tensor q_bfloat16;   // q in bfloat16, where similarities are bfloat16 products
   HardNegatives hard;
   double temperature;
   int64_t batch, rows, dim, row_tiles, splits, split_rows;
@@ -66,6 +91,8 @@ struct Plan {
     splits = std::min((kTasks + row_tiles - 1) / row_tiles, tiles);
     split_rows = (tiles + splits - 1) / splits * kTileColumns;
     splits = (rows + split_rows - 1) / split_rows;
+    if (queue.scalar_type() == at::kBFloat16 && dim % 2 == 0 && has_bfloat16_products())
+      q_bfloat16 = q.to(at::kBFloat16);
   }
 
   float log2e_over_t() const { return static_cast<float>(1.4426950408889634 / temperature); }
@@ -76,27 +103,32 @@ struct Partials {
   at::Tensor pull;  // (splits, B, D)
   std::vector<double> weight;        // (splits, B)
   std::vector<int64_t> rank;         // (splits, B)
-  std::vector<float> similarity;     // (splits, B, n_hard): candidates
-  std::vector<int32_t> row;          // (splits, B, n_hard)
+  at::Tensor similarity, row;        // (splits, B, n_hard): candidates
   std::vector<int32_t> size;         // (splits, B)
+  std::vector<std::atomic<float>> bound;  // (B): n_hard rows of one split reach it
   std::vector<float> positive;       // (B)
 
   explicit Partials(const Plan& p)
       : pull(at::empty({p.splits, p.batch, p.dim})),
         weight(p.splits * p.batch),
         rank(p.splits * p.batch),
-        similarity(p.splits * p.batch * p.n_hard),
-        row(p.splits * p.batch * p.n_hard),
+        similarity(at::empty({p.splits * p.batch * p.n_hard})),
+        row(at::empty({p.splits * p.batch * p.n_hard}, at::kInt)),
         size(p.splits * p.batch),
+        bound(p.batch),
         positive(p.batch) {
     const float *q = p.q.const_data_ptr<float>(), *k = p.k.const_data_ptr<float>();
     for (int64_t b = 0; b < p.batch; ++b) positive[b] = dot(q + b * p.dim, k + b * p.dim, static_cast<int>(p.dim));
+    for (auto& one : bound) one = -std::numeric_limits<float>::infinity();
   }
+
+  float* similarities(int64_t slot, int n_hard) { return similarity.mutable_data_ptr<float>() + slot * n_hard; }
+  int32_t* rows(int64_t slot, int n_hard) { return row.mutable_data_ptr<int32_t>() + slot * n_hard; }
 };
 
 // One thread's buffers for the pass over the queue.
 struct PassScratch {
-  at::Tensor similarity, converted;
+  at::Tensor similarity, converted, packed;
   std::vector<float> candidate_similarity;
   std::vector<int32_t> candidate_row;
 
@@ -105,8 +137,41 @@ struct PassScratch {
         candidate_similarity(kTileRows * p.capacity),
         candidate_row(kTileRows * p.capacity) {
     if (p.queue.scalar_type() != at::kFloat) converted = at::empty({kTileColumns, p.dim});
+    if (p.q_bfloat16.defined()) packed = at::empty({kTileColumns * p.dim}, at::kBFloat16);
   }
 };
+
+// to (dim / 2, columns) = transpose of rows (columns, dim / 2), pairs of bfloat16: the layout of brgemm's right operand.
+SYNCO_CLONES void pack_pairs(const uint32_t* rows, int columns, int pairs, uint32_t* to) {
+  constexpr int kStrip = 16;  // rows whose pairs lie in the L1 cache
+  for (int start = 0; start < columns; start += kStrip) {
+    const int strip = columns - start < kStrip ? columns - start : kStrip;
+    for (int pair = 0; pair < pairs; ++pair)
+      for (int i = 0; i < strip; ++i) to[pair * columns + start + i] = rows[(start + i) * pairs + pair];
+  }
+}
+
+// similarity (rows, columns) = q tile^T, the products of bfloat16 operands, exact, summed in float32.
+void multiply_bfloat16(const Plan& p, int64_t first, int64_t rows, const at::Tensor& tile, PassScratch& scratch) {
+  const int64_t columns = tile.size(0);
+  at::BFloat16* packed = scratch.packed.mutable_data_ptr<at::BFloat16>();
+  pack_pairs(static_cast<const uint32_t*>(tile.const_data_ptr()), static_cast<int>(columns),
+             static_cast<int>(p.dim / 2), reinterpret_cast<uint32_t*>(packed));
+  at::native::cpublas::brgemm(rows, columns, p.dim, p.dim, columns, columns, false,
+                              p.q_bfloat16.const_data_ptr<at::BFloat16>() + first * p.dim, packed,
+                              scratch.similarity.mutable_data_ptr<float>());
+}
+
+// Scan, with the best bound that any split has found so far. Which that is depends on the order in which threads run;
+// the hard set does not, for only what cannot be in it is left out: n rows of another split reach its bound, so nothing
+// below it can, but a lower row may still tie with it.
+void select(Candidates& candidates, std::atomic<float>& bound, const float* similarity, int first_row, int count) {
+  const float before = bound.load(std::memory_order_relaxed);
+  const float just_below = std::nextafter(before, -std::numeric_limits<float>::infinity());
+  candidates.threshold = std::max(candidates.threshold, just_below);
+  scan(candidates, similarity, first_row, count);
+  if (candidates.threshold > before) bound.store(candidates.threshold, std::memory_order_relaxed);
+}
 
 // One row tile against one split of the queue.
 void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, Partials& partials) {
@@ -124,13 +189,14 @@ void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, 
   for (int64_t start = begin; start < end; start += kTileColumns) {
     const int64_t columns = std::min(kTileColumns, end - start);
     at::Tensor tile = p.queue.narrow(0, start, columns);
+    if (scratch.packed.defined()) multiply_bfloat16(p, first, rows, tile, scratch);
     if (scratch.converted.defined()) tile = scratch.converted.narrow(0, 0, columns).copy_(tile);
     at::Tensor similarity = scratch.similarity.narrow(0, 0, rows * columns).view({rows, columns});
-    at::mm_out(similarity, q, tile.t());
+    if (!scratch.packed.defined()) at::mm_out(similarity, q, tile.t());
     float* s = similarity.mutable_data_ptr<float>();
     for (int64_t r = 0; r < rows; ++r, s += columns) {
       const int count = static_cast<int>(columns);
-      if (p.n_hard) scan(candidates[r], s, static_cast<int>(start), count);
+      if (p.n_hard) select(candidates[r], partials.bound[first + r], s, static_cast<int>(start), count);
       const Weighed weighed = weigh(s, count, partials.positive[first + r], p.log2e_over_t());
       partials.weight[slot + r] += weighed.weight;
       partials.rank[slot + r] += weighed.rank;
@@ -139,10 +205,12 @@ void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, 
     else pull.addmm_(similarity, tile);
   }
 
+  if (scratch.packed.defined()) at::native::cpublas::brgemm_release();
+
   for (int64_t r = 0; r < (p.n_hard ? rows : 0); ++r) {
-    shrink(candidates[r]);
-    std::copy_n(candidates[r].similarity, candidates[r].size, partials.similarity.data() + (slot + r) * p.n_hard);
-    std::copy_n(candidates[r].row, candidates[r].size, partials.row.data() + (slot + r) * p.n_hard);
+    shrink(candidates[r], p.n_hard);
+    std::copy_n(candidates[r].similarity, candidates[r].size, partials.similarities(slot + r, p.n_hard));
+    std::copy_n(candidates[r].row, candidates[r].size, partials.rows(slot + r, p.n_hard));
     partials.size[slot + r] = candidates[r].size;
   }
 }
@@ -150,26 +218,34 @@ void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, 
 // One thread's buffers for finishing queries.
 struct FinishScratch {
   std::vector<float> candidate_similarity, floats;
-  std::vector<int32_t> candidate_row;
-  std::vector<Draw> draws;
+  std::vector<int32_t> candidate_row, integers;
+  std::vector<const float*> hard_rows;
   std::vector<double> hard_weight;
   RowScratch row;
 
   explicit FinishScratch(const Plan& p)
       : candidate_similarity(p.splits * p.n_hard + kCompressSlack),
-        floats(static_cast<int64_t>(p.n_hard) * (p.dim + 1) + 2 * p.dim + kNoiseBlock),
+        floats(widened_size(p) + p.n_hard + p.hard.total() + p.dim + kBlock * noise_stride(p)),
         candidate_row(p.splits * p.n_hard + kCompressSlack),
-        draws(p.hard.total()),
+        integers(2 * p.hard.total()),
+        hard_rows(p.n_hard),
         hard_weight(p.n_hard) {
     float* next = floats.data();
     const auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
-    row.draws = draws.data();
-    row.hard_rows = take(static_cast<int64_t>(p.n_hard) * p.dim);
+    row.draws = {integers.data(), integers.data() + p.hard.total(), take(p.hard.total())};
+    row.hard_rows = hard_rows.data();
+    row.widened = take(widened_size(p));
     row.hard_norm2 = take(p.n_hard);
     row.hard_weight = hard_weight.data();
     row.sign = take(p.dim);
-    row.noise = take(p.dim + kNoiseBlock);
+    row.noise = take(kBlock * noise_stride(p));
+    row.noise_stride = noise_stride(p);
   }
+
+  static int64_t noise_stride(const Plan& p) {
+    return p.hard.count[kNoisy] ? (p.dim + kNoiseBlock - 1) / kNoiseBlock * kNoiseBlock : 0;
+  }
+  static int64_t widened_size(const Plan& p) { return p.queue.scalar_type() == at::kFloat ? 0 : p.n_hard * p.dim; }
 };
 
 RowType row_type(const at::Tensor& queue) {
@@ -195,11 +271,11 @@ RowResult finish(const Plan& p, const Settings& settings, int64_t b, uint32_t ro
     query.rank += partials.rank[slot];
     if (slot != b)
       for (int d = 0; d < dim; ++d) query.pull[d] += partials.pull.const_data_ptr<float>()[slot * dim + d];
-    std::copy_n(partials.similarity.data() + slot * p.n_hard, partials.size[slot], hard_set.similarity + hard_set.size);
-    std::copy_n(partials.row.data() + slot * p.n_hard, partials.size[slot], hard_set.row + hard_set.size);
+    std::copy_n(partials.similarities(slot, p.n_hard), partials.size[slot], hard_set.similarity + hard_set.size);
+    std::copy_n(partials.rows(slot, p.n_hard), partials.size[slot], hard_set.row + hard_set.size);
     hard_set.size += partials.size[slot];
   }
-  shrink(hard_set);
+  shrink(hard_set, p.n_hard);
   return finish_row(settings, query, scratch.row, gradient + b * dim);
 }
 

@@ -1,16 +1,11 @@
 #include "cpu/row.h"
 
+#include <type_traits>
+
 #include "cpu/vector_math.h"
 
 namespace synco::cpu {
 namespace {
-
-SYNCO_INLINE float dot_inline(const float* a, const float* b, int dim) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int d = 0; d < dim; ++d) sum += a[d] * b[d];
-  return sum;
-}
 
 SYNCO_INLINE float half_to_float(uint16_t half) {
   // Exponents re-biased by a multiplication, which makes subnormals right too; the queue holds no infinities.
@@ -18,17 +13,16 @@ SYNCO_INLINE float half_to_float(uint16_t half) {
   return bits_to_float(float_to_bits(magnitude) | static_cast<uint32_t>(half & 0x8000u) << 16);
 }
 
-SYNCO_INLINE void load_row(const Settings& s, int64_t row, float* to) {
+// A row of the queue in float32: the row itself, or `to` with its values.
+SYNCO_INLINE const float* load_row(const Settings& s, int64_t row, float* to) {
   const int64_t start = row * s.dim;
-  if (s.type == RowType::kFloat) {
-    memcpy(to, static_cast<const float*>(s.queue) + start, sizeof(float) * s.dim);
-  } else if (s.type == RowType::kHalf) {
-    const uint16_t* from = static_cast<const uint16_t*>(s.queue) + start;
+  if (s.type == RowType::kFloat) return static_cast<const float*>(s.queue) + start;
+  const uint16_t* from = static_cast<const uint16_t*>(s.queue) + start;
+  if (s.type == RowType::kHalf)
     for (int d = 0; d < s.dim; ++d) to[d] = half_to_float(from[d]);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(s.queue) + start;
+  else
     for (int d = 0; d < s.dim; ++d) to[d] = bits_to_float(static_cast<uint32_t>(from[d]) << 16);
-  }
+  return to;
 }
 
 SYNCO_INLINE void prefetch_row(const Settings& s, int64_t row) {
@@ -41,29 +35,33 @@ SYNCO_INLINE void prefetch_row(const Settings& s, int64_t row) {
 SYNCO_INLINE void make_draws(const Settings& s, const Query& query, const RowScratch& scratch) {
   const int size = query.hard_set.size;
   for (int i = 0; i < size; ++i) scratch.hard_norm2[i] = -1.0f;
-  Draw* draws = scratch.draws;
+  Draws draws = scratch.draws;
   for (int kind = 0; kind < kKinds; ++kind) {
     const Range range = coefficient_range(kind, s.hard);
-    for (int i = 0; i < s.hard.count[kind]; ++i)
-      draws[i] = draw(kind, range, size, s.seed, query.row, static_cast<uint32_t>(i), s.step);
-    for (int i = 0; i < s.hard.count[kind]; ++i) {
-      scratch.hard_norm2[draws[i].first] = 0.0f;
-      if (kind == kMixed) scratch.hard_norm2[draws[i].second] = 0.0f;
+    const int count = s.hard.count[kind];
+    for (int i = 0; i < count; ++i) {
+      const Draw one = draw(kind, range, size, s.seed, query.row, static_cast<uint32_t>(i), s.step);
+      draws.first[i] = one.first;
+      draws.second[i] = one.second;
+      draws.coefficient[i] = one.coefficient;
     }
-    draws += s.hard.count[kind];
+    for (int i = 0; i < count; ++i) scratch.hard_norm2[draws.first[i]] = 0.0f;
+    if (kind == kMixed)
+      for (int i = 0; i < count; ++i) scratch.hard_norm2[draws.second[i]] = 0.0f;
+    draws = {draws.first + count, draws.second + count, draws.coefficient + count};
   }
 }
 
-// Bring the rows that were drawn together: everything after this stays in the cache.
+// Bring the rows that were drawn into the cache: everything after this finds them there.
 SYNCO_INLINE void gather(const Settings& s, const Candidates& hard_set, const RowScratch& scratch) {
-  constexpr int kAhead = 8;
+  constexpr int kAhead = 16;
   for (int i = 0; i < hard_set.size; ++i) {
     if (i + kAhead < hard_set.size && scratch.hard_norm2[i + kAhead] >= 0) prefetch_row(s, hard_set.row[i + kAhead]);
     scratch.hard_weight[i] = 0;
     if (scratch.hard_norm2[i] < 0) continue;
-    float* to = scratch.hard_rows + static_cast<int64_t>(i) * s.dim;
-    load_row(s, hard_set.row[i], to);
-    scratch.hard_norm2[i] = dot_inline(to, to, s.dim);
+    const float* row = load_row(s, hard_set.row[i], scratch.widened + static_cast<int64_t>(i) * s.dim);
+    scratch.hard_rows[i] = row;
+    scratch.hard_norm2[i] = dot_inline(row, row, s.dim);
   }
 }
 
@@ -96,74 +94,139 @@ SYNCO_INLINE void make_noise(const Settings& s, uint32_t row, uint32_t sample, f
   }
 }
 
-// What all synthetic negatives of a query add up to, but for their parents' weights and the noise.
+// What the synthetic negatives of a query are made of besides rows of the queue, and what they add up to but for those
+// rows' weights and the noise.
 struct Synthetic {
+  float qq = 0, l1 = 0, nonzero = 0;  // q . q, sum of |q|, number of entries that are not 0
   double mass[kKinds] = {};
   int64_t rank = 0;
   double on_query = 0, on_sign = 0;  // in double, like hard_weight: hundreds of terms of one sign may meet in each
 };
 
-// Weigh every synthetic negative through its closed form; spread the weights over what it is a combination of.
-SYNCO_INLINE Synthetic weigh(const Settings& s, const Query& query, const RowScratch& scratch, float log2e_over_t) {
-  const int dim = s.dim;
-  const float qq = dot_inline(query.q, query.q, dim);
-  float l1 = 0, nonzero = 0;
-  for (int d = 0; d < dim; ++d) {
-    scratch.sign[d] = static_cast<float>((query.q[d] > 0) - (query.q[d] < 0));
-    l1 += fabsf(query.q[d]);
-    nonzero += scratch.sign[d] != 0;
+// The dot products (synco::Products) of kBlock synthetic negatives, but for q . q.
+struct Block {
+  float q_first[kBlock], q_second[kBlock], first2[kBlock], second2[kBlock], first_second[kBlock], q_extra[kBlock],
+      first_extra[kBlock], extra2[kBlock];
+};
+
+SYNCO_INLINE float* noise_of(const RowScratch& scratch, int i) { return scratch.noise + i * scratch.noise_stride; }
+
+template <int kind>
+SYNCO_INLINE void multiply(const Settings& s, const Query& query, const RowScratch& scratch, const Synthetic& sum,
+                           int first, int second, Block& to, int i) {
+  const float* row = scratch.hard_rows[first];
+  to.q_first[i] = query.hard_set.similarity[first];
+  to.first2[i] = scratch.hard_norm2[first];
+  if (kind == kMixed) {
+    to.q_second[i] = query.hard_set.similarity[second];
+    to.second2[i] = scratch.hard_norm2[second];
+    to.first_second[i] = dot_inline(row, scratch.hard_rows[second], s.dim);
+  } else if (kind == kNoisy) {
+    const float* noise = noise_of(scratch, i);
+    to.q_extra[i] = dot_inline(query.q, noise, s.dim);
+    to.first_extra[i] = dot_inline(row, noise, s.dim);
+    to.extra2[i] = dot_inline(noise, noise, s.dim);
+  } else if (kind == kAdversarial) {
+    to.q_extra[i] = s.hard.eta * sum.l1;
+    to.first_extra[i] = s.hard.eta * dot_inline(row, scratch.sign, s.dim);
+    to.extra2[i] = s.hard.eta * s.hard.eta * sum.nonzero;
   }
-  Synthetic sum;
-  const Draw* draws = scratch.draws;
-  for (int kind = 0; kind < kKinds; ++kind) {
-    for (int i = 0; i < s.hard.count[kind]; ++i) {
-      const Draw& d = draws[i];
-      const float* first = scratch.hard_rows + static_cast<int64_t>(d.first) * dim;
-      const Terms t = terms(kind, d.coefficient, s.hard.extrapolate_from_negative);
-      Products p{};
-      p.qq = qq;
-      p.q_first = query.hard_set.similarity[d.first];
-      p.first2 = scratch.hard_norm2[d.first];
-      if (kind == kMixed) {
-        p.q_second = query.hard_set.similarity[d.second];
-        p.second2 = scratch.hard_norm2[d.second];
-        p.first_second = dot_inline(first, scratch.hard_rows + static_cast<int64_t>(d.second) * dim, dim);
-      } else if (kind == kNoisy) {
-        make_noise(s, query.row, static_cast<uint32_t>(i), scratch.noise);
-        p.q_extra = dot_inline(query.q, scratch.noise, dim);
-        p.first_extra = dot_inline(first, scratch.noise, dim);
-        p.extra2 = dot_inline(scratch.noise, scratch.noise, dim);
-      } else if (kind == kAdversarial) {
-        p.q_extra = s.hard.eta * l1;
-        p.first_extra = s.hard.eta * dot_inline(first, scratch.sign, dim);
-        p.extra2 = s.hard.eta * s.hard.eta * nonzero;
-      }
-      const ClosedForm form = closed_form(t, p);
-      const float weight = exp2_of_product(form.similarity, log2e_over_t), scaled = weight * form.scale;
-      sum.mass[kind] += weight;
-      sum.rank += form.similarity >= query.positive;
-      sum.on_query += scaled * t.query;
-      scratch.hard_weight[d.first] += scaled * t.first;
-      if (kind == kMixed) scratch.hard_weight[d.second] += scaled * t.second;
-      if (kind == kAdversarial) sum.on_sign += scaled * s.hard.eta;
-      if (kind == kNoisy)
-        for (int e = 0; e < dim; ++e) query.pull[e] += scaled * scratch.noise[e];
+}
+
+// Weigh a kind's synthetic negatives through their closed form, and spread the weights over what each is a combination
+// of: a block at a time, so that the loop in the middle is vectorised.
+template <int kind>
+SYNCO_INLINE void weigh_kind(const Settings& s, const Query& query, const RowScratch& scratch, const Draws& draws,
+                             float log2e_over_t, Synthetic& sum) {
+  constexpr bool extra = kind == kNoisy || kind == kAdversarial;
+  Block b;
+  float similarity[kBlock], weight[kBlock], on_query[kBlock], on_first[kBlock], on_second[kBlock], scaled[kBlock];
+  for (int start = 0; start < s.hard.count[kind]; start += kBlock) {
+    const int block = s.hard.count[kind] - start < kBlock ? s.hard.count[kind] - start : kBlock;
+    const int32_t *first = draws.first + start, *second = draws.second + start;
+    for (int i = 0; i < block; ++i) {
+      if (kind == kNoisy) make_noise(s, query.row, static_cast<uint32_t>(start + i), noise_of(scratch, i));
+      multiply<kind>(s, query, scratch, sum, first[i], second[i], b, i);
     }
-    draws += s.hard.count[kind];
+#pragma omp simd
+    for (int i = 0; i < block; ++i) {
+      const Terms t = terms(kind, draws.coefficient[start + i], s.hard.extrapolate_from_negative);
+      const ClosedForm form = closed_form(
+          t, {sum.qq, b.q_first[i], kind == kMixed ? b.q_second[i] : 0.0f, b.first2[i],
+              kind == kMixed ? b.second2[i] : 0.0f, kind == kMixed ? b.first_second[i] : 0.0f,
+              extra ? b.q_extra[i] : 0.0f, extra ? b.first_extra[i] : 0.0f, extra ? b.extra2[i] : 0.0f});
+      similarity[i] = form.similarity;
+      weight[i] = exp2_of_product(form.similarity, log2e_over_t);
+      scaled[i] = weight[i] * form.scale;
+      on_query[i] = scaled[i] * t.query;
+      on_first[i] = scaled[i] * t.first;
+      on_second[i] = scaled[i] * t.second;
+    }
+    for (int i = 0; i < block; ++i) {
+      sum.mass[kind] += weight[i];
+      sum.rank += similarity[i] >= query.positive;
+      sum.on_query += on_query[i];
+      scratch.hard_weight[first[i]] += on_first[i];
+      if (kind == kMixed) scratch.hard_weight[second[i]] += on_second[i];
+      if (kind == kAdversarial) sum.on_sign += scaled[i] * s.hard.eta;
+    }
+    if (kind == kNoisy)
+      for (int i = 0; i < block; ++i) {
+        const float* noise = noise_of(scratch, i);
+        for (int d = 0; d < s.dim; ++d) query.pull[d] += scaled[i] * noise[d];
+      }
   }
+}
+
+SYNCO_INLINE Synthetic weigh(const Settings& s, const Query& query, const RowScratch& scratch, float log2e_over_t) {
+  Synthetic sum;
+  sum.qq = dot_inline(query.q, query.q, s.dim);
+  for (int d = 0; d < s.dim; ++d) {
+    scratch.sign[d] = static_cast<float>((query.q[d] > 0) - (query.q[d] < 0));
+    sum.l1 += fabsf(query.q[d]);
+    sum.nonzero += scratch.sign[d] != 0;
+  }
+  Draws draws = scratch.draws;
+  const auto weigh_next = [&](auto kind) __attribute__((always_inline)) {
+    weigh_kind<kind.value>(s, query, scratch, draws, log2e_over_t, sum);
+    const int count = s.hard.count[kind.value];
+    draws = {draws.first + count, draws.second + count, draws.coefficient + count};
+  };
+  weigh_next(std::integral_constant<int, kInterpolated>{});
+  weigh_next(std::integral_constant<int, kExtrapolated>{});
+  weigh_next(std::integral_constant<int, kMixed>{});
+  weigh_next(std::integral_constant<int, kNoisy>{});
+  weigh_next(std::integral_constant<int, kPerturbed>{});
+  weigh_next(std::integral_constant<int, kAdversarial>{});
   return sum;
 }
 
-SYNCO_INLINE Synthetic synthesize(const Settings& s, const Query& query, const RowScratch& scratch, float log2e_over_t) {
+// The parents' share of the gradient, four rows at a time: it is read and written once for all of them.
+SYNCO_INLINE void add_hard_rows(const Settings& s, const Query& query, const RowScratch& scratch) {
+  int drawn = 0;
+  for (int i = 0; i < query.hard_set.size; ++i) {
+    if (scratch.hard_norm2[i] < 0) continue;
+    scratch.hard_rows[drawn] = scratch.hard_rows[i];
+    scratch.hard_weight[drawn++] = scratch.hard_weight[i];
+  }
+  for (int i = 0; i < drawn; i += 4) {
+    const float* row[4];
+    float weight[4];
+    for (int j = 0; j < 4; ++j) {
+      row[j] = scratch.hard_rows[i + j < drawn ? i + j : i];
+      weight[j] = i + j < drawn ? static_cast<float>(scratch.hard_weight[i + j]) : 0.0f;
+    }
+    for (int d = 0; d < s.dim; ++d)
+      query.pull[d] += weight[0] * row[0][d] + weight[1] * row[1][d] + (weight[2] * row[2][d] + weight[3] * row[3][d]);
+  }
+}
+
+SYNCO_INLINE Synthetic synthesize(const Settings& s, const Query& query, const RowScratch& scratch,
+                                  float log2e_over_t) {
   make_draws(s, query, scratch);
   gather(s, query.hard_set, scratch);
   const Synthetic sum = weigh(s, query, scratch, log2e_over_t);
-  for (int i = 0; i < query.hard_set.size; ++i) {
-    const float weight = static_cast<float>(scratch.hard_weight[i]);
-    if (weight == 0) continue;
-    const float* row = scratch.hard_rows + static_cast<int64_t>(i) * s.dim;
-    for (int d = 0; d < s.dim; ++d) query.pull[d] += weight * row[d];
-  }
+  add_hard_rows(s, query, scratch);
   const float on_query = static_cast<float>(sum.on_query), on_sign = static_cast<float>(sum.on_sign);
   for (int d = 0; d < s.dim; ++d) query.pull[d] += on_query * query.q[d] + on_sign * scratch.sign[d];
   return sum;

@@ -36,17 +36,26 @@ struct RowResult {
   int64_t rank, rank_all;
 };
 
-// Elements of noise that are made at once.
+// Elements of noise that are made at once, and synthetic negatives that are weighed at once.
 constexpr int kNoiseBlock = 64;
+constexpr int kBlock = 64;
+
+// What the synthetic negatives of a query are made of (synco::Draw), kind after kind.
+struct Draws {
+  int32_t *first, *second;  // (total)
+  float* coefficient;       // (total)
+};
 
 // One thread's buffers, for any query.
 struct RowScratch {
-  Draw* draws;         // (total)
-  float* hard_rows;    // (n_hard, dim): only the rows that were drawn are filled in
-  float* hard_norm2;   // (n_hard): likewise; -1 for a row that was not drawn
-  double* hard_weight;  // (n_hard)
+  Draws draws;
+  const float** hard_rows;  // (n_hard): the rows that were drawn, null for the others
+  float* widened;           // (n_hard, dim), where the queue is not float32: what hard_rows points to
+  float* hard_norm2;        // (n_hard)
+  double* hard_weight;      // (n_hard)
   float* sign;         // (dim)
-  float* noise;        // (dim rounded up to kNoiseBlock)
+  float* noise;        // (kBlock, noise_stride)
+  int64_t noise_stride;
 };
 
 // Dot product in a fixed order, the same for any caller.

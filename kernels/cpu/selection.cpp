@@ -25,6 +25,7 @@ struct Extremes {
 
 SYNCO_CLONES Extremes extremes(const float* values, int count) {
   float least = kInfinity, most = -kInfinity;
+#pragma omp simd reduction(min : least) reduction(max : most)
   for (int i = 0; i < count; ++i) {
     least = values[i] < least ? values[i] : least;
     most = values[i] > most ? values[i] : most;
@@ -32,18 +33,18 @@ SYNCO_CLONES Extremes extremes(const float* values, int count) {
   return {least, most};
 }
 
-// The greatest bound found that at least n of the values reach, and by how many more than n they do (only for ties).
+// A bound that at least n of the values reach, and by how many more than n they do.
 struct Bound {
   float value;
   int surplus;
 };
 
-// By halving the range of the values' keys; count >= n.
-Bound bound_of_n_largest(const float* values, int count, int n) {
+// By halving the range of the values' keys, until at most `most` reach the bound; count >= n.
+Bound bound_of_n_largest(const float* values, int count, int n, int most) {
   const Extremes ends = extremes(values, count);
   uint32_t low = order_key(ends.least), high = order_key(ends.most);
   int reached = count;  // how many values have keys >= low; never fewer than n
-  while (low < high && reached > n) {
+  while (low < high && reached > most) {
     const uint32_t middle = low + (high - low) / 2 + 1;
     const int at_least = count_at_least(values, count, key_value(middle));
     if (at_least >= n) {
@@ -56,7 +57,7 @@ Bound bound_of_n_largest(const float* values, int count, int n) {
   return {key_value(low), reached - n};
 }
 
-// A surplus consists of values equal to the bound: the last of them go, which are the higher rows.
+// Where no bound would do, the surplus consists of values equal to it: the last of them go, which are the higher rows.
 void drop_last_equal(Candidates& c, const Bound& bound) {
   int equal_left = count_equal(c.similarity, c.size, bound.value) - bound.surplus, kept = 0;
   for (int i = 0; i < c.size; ++i) {
@@ -71,18 +72,18 @@ void drop_last_equal(Candidates& c, const Bound& bound) {
 
 }  // namespace
 
-void shrink(Candidates& c) {
-  if (c.size <= c.n) return;
-  const Bound bound = bound_of_n_largest(c.similarity, c.size, c.n);
+void shrink(Candidates& c, int most) {
+  if (c.size <= most) return;
+  const Bound bound = bound_of_n_largest(c.similarity, c.size, c.n, most);
   c.size = keep_at_least(c.similarity, c.row, c.size, bound.value);
-  if (bound.surplus) drop_last_equal(c, bound);
+  if (c.size > most) drop_last_equal(c, bound);
   c.threshold = bound.value;
 }
 
 void scan(Candidates& c, const float* similarity, int first_row, int count) {
   for (int start = 0; start < count; start += kScanBlock) {
     const int block = count - start < kScanBlock ? count - start : kScanBlock;
-    if (c.size + block + kCompressSlack > c.capacity) shrink(c);
+    if (c.size + block + kCompressSlack > c.capacity) shrink(c, loosely(c.n));
     c.size += append_above(similarity + start, block, first_row + start, c.threshold, c.similarity + c.size,
                            c.row + c.size);
   }

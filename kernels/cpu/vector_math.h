@@ -26,6 +26,31 @@ SYNCO_INLINE uint32_t float_to_bits(float value) {
   return bits;
 }
 
+// Dot product in one fixed order: 16 running sums, then halves onto halves. A plain loop with a reduction would add the
+// 16 up one after the other, which takes longer than the products of a row.
+SYNCO_INLINE float dot_inline(const float* a, const float* b, int dim) {
+  typedef float Vector __attribute__((vector_size(64)));
+  typedef float Half __attribute__((vector_size(32)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Vector sums = {};
+  int d = 0;
+  for (; d + 16 <= dim; d += 16) {
+    Vector left, right;
+    memcpy(&left, a + d, sizeof left);
+    memcpy(&right, b + d, sizeof right);
+    sums += left * right;
+  }
+  Half half[2];
+  memcpy(half, &sums, sizeof sums);
+  half[0] += half[1];
+  Quarter quarter[2];
+  memcpy(quarter, half, sizeof half[0]);
+  quarter[0] += quarter[1];
+  float sum = (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+  for (; d < dim; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
 // 2^(x * scale), |x * scale| < 126, to 2 units in the last place. The product is not rounded before it is split into
 // whole and fraction (with FMA), which keeps large exponents as exact as small ones.
 SYNCO_INLINE float exp2_of_product(float x, float scale) {

@@ -1,6 +1,8 @@
 // Small things that the phases of the kernel share.
 #pragma once
 
+#include <type_traits>
+
 #include "gpu.h"
 #include "infonce.h"
 
@@ -44,15 +46,50 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return bits;
 }
 
-// q . k of one query by a warp, in one order wherever it is called. All lanes get it.
-template <int dim>
-__device__ __forceinline__ float positive_similarity(const Arguments& a, int row) {
+// Calls f with the element type as a constant: what it does then has no branch, so that its loads are under way together.
+template <class F>
+__device__ __forceinline__ void with_element(Element type, const F& f) {
+  if (type == Element::kFloat) f(std::integral_constant<Element, Element::kFloat>{});
+  else if (type == Element::kHalf) f(std::integral_constant<Element, Element::kHalf>{});
+  else f(std::integral_constant<Element, Element::kBFloat16>{});
+}
+
+template <Element type>
+__device__ __forceinline__ float2 unpack_elements(uint32_t pair) {
+  if constexpr (type == Element::kHalf) return unpack(pair);
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+// n = 2, 4 or 8 neighbouring elements, aligned to their size, in accesses of up to 16 bytes.
+template <Element type, int n>
+__device__ __forceinline__ void load_elements(const void* p, size_t i, float (&to)[n]) {
+  constexpr int bytes = n * (type == Element::kFloat ? 4 : 2), words = bytes / 4, each = words < 4 ? words : 4;
+  using Word = std::conditional_t<each == 4, uint4, std::conditional_t<each == 2, uint64_t, uint32_t>>;
+  const Word* from = reinterpret_cast<const Word*>(static_cast<const unsigned char*>(p) + i / n * bytes);
+  uint32_t word[words];
+#pragma unroll
+  for (int w = 0; w < words; w += each) {
+    const Word loaded = load_global(from + w / each);
+    memcpy(word + w, &loaded, sizeof loaded);
+  }
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    if constexpr (type == Element::kFloat) {
+      to[w] = __uint_as_float(word[w]);
+    } else {
+      const float2 pair = unpack_elements<type>(word[w]);
+      to[2 * w] = pair.x;
+      to[2 * w + 1] = pair.y;
+    }
+  }
+}
+
+// q . k from the lanes' shares, in one order wherever it is called. All lanes get it.
+template <int n>
+__device__ __forceinline__ float positive_similarity(const float (&q)[n], const float (&k)[n]) {
   float sum = 0.f;
 #pragma unroll
-  for (int d = lane_id(); d < dim; d += 32) {
-    const size_t i = static_cast<size_t>(row) * dim + d;
-    sum = fmaf(__half2float(load_query(a, i)), load_element(a.k, a.k_type, i), sum);
-  }
+  for (int j = 0; j < n; ++j) sum = fmaf(q[j], k[j], sum);
   return sum_over<32>(sum);
 }
 

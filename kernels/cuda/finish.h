@@ -32,7 +32,10 @@ struct FinishShared {
 };
 
 inline constexpr unsigned finish_shared_bytes(int dim, int n_hard, int kept_chunks) {
+  const unsigned candidates = static_cast<unsigned>(max_candidates(n_hard));
   unsigned end = shared_end<uint4>(0, static_cast<unsigned>(kept_chunks));
+  end = shared_end<uint4>(end, candidates / 8);
+  end = shared_end<int>(end, candidates);
   end = shared_end<int>(end, kBins);
   end = shared_end<int>(end, kWarps);
   end = shared_end<float>(end, static_cast<unsigned>(dim));
@@ -48,6 +51,9 @@ __device__ __forceinline__ FinishShared take_finish_shared(const Arguments& a, c
   FinishShared shared;
   uint4* row = arena.take<uint4>(p.keep_row ? p.row_stride / 8 : 0);
   shared.selection.row = p.keep_row ? row : nullptr;
+  const unsigned candidates = static_cast<unsigned>(max_candidates(a.hard.n_hard));
+  shared.selection.candidates = arena.take<uint4>(candidates / 8);
+  shared.selection.candidate_rows = arena.take<int>(candidates);
   shared.selection.histogram = arena.take<int>(kBins);
   shared.selection.scan = arena.take<int>(kWarps);
   shared.selection.query = arena.take<float>(dim);
@@ -76,7 +82,14 @@ __device__ __forceinline__ QueryShare<dim> share_query(const Arguments& a, const
   share.qq = dot<dim>(share.q, share.q);
   share.l1 = sum_over<kGroup<dim>>(l1);
   share.nonzero = sum_over<kGroup<dim>>(nonzero);
-  share.positive = positive_similarity<dim>(a, row);
+  constexpr int kPart = dim / 32;
+  float q[kPart], k[kPart];
+  with_element(a.k_type, [&](auto type) {
+    load_elements<type.value>(a.k, static_cast<size_t>(row) * dim + lane_id() * kPart, k);
+  });
+#pragma unroll
+  for (int j = 0; j < kPart; ++j) q[j] = query[lane_id() * kPart + j];
+  share.positive = positive_similarity(q, k);
   share.log2e_over_t = 1.4426950408889634f / a.temperature;
   share.row = a.row_offset + static_cast<uint32_t>(row);
   share.step = static_cast<uint32_t>(load_global(a.step));
@@ -129,10 +142,11 @@ __device__ __forceinline__ void gather_splits(const Arguments& a, const Plan& p,
   }
 }
 
-// One query: select, synthesise, add up, write gradient, ranks and row statistics. `row` counts within the pass.
+// One query: select, synthesise, add up, write gradient, ranks and row statistics. `row` counts within the pass; the
+// similarities of `next`, if there is one, are asked for as soon as there is room.
 template <int dim>
 __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, const FinishShared& shared, int first_row,
-                                           int row) {
+                                           int row, int next) {
   const int thread = static_cast<int>(threadIdx.x), batch_row = first_row + row;
   __syncthreads();  // the query before may still be read
   for (int d = thread; d < dim; d += kThreads)
@@ -143,11 +157,11 @@ __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, co
   float hard_sum = 0.f;
   const QueryShare<dim> query = share_query<dim>(a, shared.selection.query, batch_row);
   if (a.hard.n_hard) {
-    const half* similarity = reinterpret_cast<const half*>(a.workspace + p.similarity);
-    const Similarities s{reinterpret_cast<const uint4*>(similarity + static_cast<size_t>(row) * p.row_stride),
-                         shared.selection.row, p.row_stride / 8};
+    draw_some(a, shared.synthesis, query.row, query.step, 0);  // while the similarities come
+    const Similarities s = narrow(a, all_similarities(a, p, shared.selection, row), shared.selection);
     const Threshold threshold = find_threshold<dim>(a, s, shared.selection);
     hard_sum = write_hard_set<dim>(a, s, shared.selection, threshold);
+    if (next >= 0) bring_similarities(a, p, shared.selection, next);
     pull_all<dim>(a, query, shared.synthesis, sum);
   }
   gather_groups<dim>(shared, sum, hard_sum);
@@ -165,7 +179,7 @@ __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, co
   constexpr int kParts = kThreads / dim;
   const int d = thread % dim, part = thread / dim;
   float pull = 0.f;
-#pragma unroll 4
+#pragma unroll 8
   for (int split = part; split < p.splits; split += kParts) {
     const size_t slot = static_cast<size_t>(split) * p.rows_per_pass + row;
     pull += load_global_cg(reinterpret_cast<const float*>(a.workspace + p.pull) + slot * dim + d);
@@ -216,8 +230,12 @@ __device__ __forceinline__ void finish_rows(const Arguments& a, const Plan& p, i
   SharedArena arena;
   const FinishShared shared = take_finish_shared<dim>(a, p, arena);
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared.selection.histogram[i] = 0;
-  for (int row = static_cast<int>(blockIdx.x); row < rows; row += static_cast<int>(gridDim.x))
-    finish_row<dim>(a, p, shared, first_row, row);
+  int row = static_cast<int>(blockIdx.x);
+  if (row < rows) bring_similarities(a, p, shared.selection, row);
+  for (int next; row < rows; row = next) {
+    next = row + static_cast<int>(gridDim.x);
+    finish_row<dim>(a, p, shared, first_row, row, next < rows ? next : -1);
+  }
 }
 
 // Means over the batch, by one block, each in a fixed order. What was not made has no place in the result.

@@ -47,8 +47,9 @@ unsigned matrix_shared_bytes(int dim) {
 
 template <int dim>
 cudaError_t launch(const Arguments& arguments, const Plan& plan, cudaStream_t stream) {
+  // Always the same, so that it does not matter whose launch comes between this and the next line.
   const cudaError_t error = cudaFuncSetAttribute(infonce_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(plan.shared_bytes));
+                                                 plan.shared_limit);
   if (error != cudaSuccess) return error;
   return SYNCO_LAUNCH_COOPERATIVE((infonce_kernel<dim>), plan.blocks, kThreads, plan.shared_bytes, stream, arguments,
                                   plan);
@@ -59,7 +60,8 @@ cudaError_t launch(const Arguments& arguments, const Plan& plan, cudaStream_t st
 Plan make_plan(int batch, int queue_rows, int dim, const HardNegatives& hard, const Device& device) {
   Plan p{};
   p.blocks = static_cast<unsigned>(device.processors);
-  p.row_stride = divide_up(queue_rows, 64) * 64;
+  p.shared_limit = device.shared_bytes;
+  p.row_stride = divide_up(queue_rows, tile_columns(dim)) * tile_columns(dim);  // all of it is written
   const size_t sums_limit = static_cast<size_t>(device.processors) * kTileRows * (dim + 2) * sizeof(float);
   const size_t stats_bytes = static_cast<size_t>(batch) * kRowStats * sizeof(float);
   int rows = std::min(batch, device.processors * kTileRows);

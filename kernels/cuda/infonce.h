@@ -16,8 +16,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileRows = 16 * kWarps;             // queries of a row tile, 16 to a warp
 constexpr size_t kWorkspaceLimit = size_t{64} << 20;  // bytes
-constexpr int kMaxHard = 4096;
-constexpr int kRowStats = 16;                      // floats kept of each query: see row_stats in finish.h
+constexpr int kRowStats = 16;                      // floats kept of each query: RowStat in finish.h
 
 enum class Element : int { kFloat, kHalf, kBFloat16 };
 
@@ -37,6 +36,7 @@ struct Plan {
   int row_stride;         // of similarity, in elements
   bool keep_row;          // a row of similarities fits into shared memory
   unsigned blocks, shared_bytes;
+  int shared_limit;       // Device::shared_bytes
   size_t similarity, pull, weight, rank, stats, bytes;  // offsets into the workspace, and its size
 };
 

@@ -42,15 +42,59 @@ __device__ __forceinline__ void load_tile(const Arguments& a, half* tile, int fi
   }
 }
 
+// The precision contract: q is rounded once to the queue's dtype. Queries beyond the batch are zeros.
 template <int dim>
 __device__ __forceinline__ void load_queries(const Arguments& a, half* tile, int first_row, int end_row) {
+  constexpr int kAtOnce = 4;  // chunks of a thread that are under way together
+  static_assert(kTileRows * dim / 8 % (kAtOnce * kThreads) == 0, "");
+  with_element(a.q_type, [&](auto type) {
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kTileRows * dim; i += kThreads) {
-    const int row = i / dim, d = i % dim;
-    half value = __float2half_rn(0.f);
-    if (first_row + row < end_row) value = load_query(a, static_cast<size_t>(first_row + row) * dim + d);
-    chunk_at<dim>(tile, row, d / 8)[d % 8] = value;
-  }
+    for (int start = static_cast<int>(threadIdx.x); start < kTileRows * dim / 8; start += kAtOnce * kThreads) {
+      float q[kAtOnce][8];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = start + j * kThreads, row = min(first_row + i / (dim / 8), end_row - 1);
+        load_elements<type.value>(a.q, static_cast<size_t>(row) * dim + i % (dim / 8) * 8, q[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = start + j * kThreads, row = i / (dim / 8);
+        const bool exists = first_row + row < end_row;
+        const uint4 chunk = make_uint4(pack(q[j][0], q[j][1]), pack(q[j][2], q[j][3]), pack(q[j][4], q[j][5]),
+                                       pack(q[j][6], q[j][7]));
+        *reinterpret_cast<uint4*>(chunk_at<dim>(tile, row, i % (dim / 8))) = exists ? chunk : make_uint4(0, 0, 0, 0);
+      }
+    }
+  });
+}
+
+// q . k of a warp's 16 queries, those of each lane's rows to each lane. A row beyond the batch repeats the last one's k;
+// nothing of it is stored.
+template <int dim>
+__device__ __forceinline__ void multiply_keys(const Arguments& a, half* queries, int first_row, int end_row,
+                                              float (&positive)[2]) {
+  constexpr int kShare = dim / 32;
+  const int first = lane_id() * kShare;
+  with_element(a.k_type, [&](auto type) {
+#pragma unroll
+    for (int low = 0; low < 2; ++low) {
+      float k[8][kShare];
+#pragma unroll
+      for (int r = 0; r < 8; ++r) {
+        const int row = min(first_row + low * 8 + r, end_row - 1);
+        load_elements<type.value>(a.k, static_cast<size_t>(row) * dim + first, k[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < 8; ++r) {
+        const half* from = chunk_at<dim>(queries, warp_id() * 16 + low * 8 + r, first / 8) + first % 8;
+        float q[kShare];
+#pragma unroll
+        for (int j = 0; j < kShare; ++j) q[j] = __half2float(from[j]);
+        const float similarity = positive_similarity(q, k[r]);
+        if (lane_id() / 4 == r) positive[low] = similarity;
+      }
+    }
+  });
 }
 
 template <int dim>
@@ -242,15 +286,9 @@ __device__ __forceinline__ void pass_unit(const Arguments& a, const Plan& p, con
     cp_async_commit();
   }
   load_queries<dim>(a, shared.queries, first_row + row_tile * kTileRows, first_row + rows);
-  float positive[2] = {0.f, 0.f};
-#pragma unroll 4
-  for (int r = 0; r < 16; ++r) {
-    // A row beyond the batch repeats the last one; nothing of it is stored.
-    const float similarity = positive_similarity<dim>(a, first_row + min(warp_row + r, rows - 1));
-    if (lane_id() / 4 == r) positive[0] = similarity;
-    if (lane_id() / 4 + 8 == r) positive[1] = similarity;
-  }
   __syncthreads();
+  float positive[2] = {0.f, 0.f};
+  multiply_keys<dim>(a, shared.queries, first_row + warp_row, first_row + rows, positive);
   uint32_t kept[dim / 16][4] = {};
   if constexpr (T::queries_in_registers)
 #pragma unroll

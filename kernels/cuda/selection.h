@@ -1,95 +1,15 @@
 // Exact selection of a query's hard set from its float16 similarities, by one block.
 //
-// A radix search finds the n-th largest float16 key; what is above it is above it in float32 too. Those equal to it are
-// told apart, when not all of them are taken, by their float32 dot products, which are computed again (a second radix
-// search), and what is equal still by the lower queue row. The hard set comes out in ascending queue rows.
+// They are first narrowed to candidates (candidates.h). A radix search finds the n-th largest float16 key; what is above
+// it is above it in float32 too. Those equal to it are told apart, when not all of them are taken, by their float32 dot
+// products, which are computed again (a second radix search), and what is equal still by the lower queue row. The hard
+// set comes out in ascending queue rows.
 #pragma once
 
-#include "common.h"
+#include "candidates.h"
 #include "synco/order.h"
 
 namespace synco::cuda {
-
-constexpr int kBins = 2048;  // of a histogram: 11 bits of a key at a time
-
-struct SelectionShared {
-  uint4* row;         // the similarities, if Plan::keep_row
-  int* histogram;     // (kBins)
-  int* scan;          // (kWarps)
-  float* query;       // (dim)
-  int* hard_set;      // (n_hard) queue rows
-};
-
-// Orders like the float16 of these bits; -0 and 0 get one key.
-__device__ __forceinline__ int half_key(uint32_t bits) {
-  if (bits == 0x8000u) bits = 0;
-  return static_cast<int>(bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u);
-}
-
-__device__ __forceinline__ uint32_t element_bits(const uint4& chunk, int i) {
-  const uint32_t pair = i < 4 ? (i < 2 ? chunk.x : chunk.y) : (i < 6 ? chunk.z : chunk.w);
-  return i & 1 ? pair >> 16 : pair & 0xffffu;
-}
-
-// A query's similarities, 8 to a chunk.
-struct Similarities {
-  const uint4* global;
-  uint4* shared;  // null when the row is not kept
-  int chunks;
-
-  __device__ __forceinline__ uint4 load(int i) const { return shared ? shared[i] : load_global_cg(global + i); }
-};
-
-// Sum over the block of `value`, and of the values of the threads before: one value of each thread. Two barriers.
-struct Scanned {
-  int before, total;
-};
-__device__ __forceinline__ Scanned block_scan(int value, int* scratch) {
-  int sum = value;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, offset);
-    if (lane_id() >= offset) sum += other;
-  }
-  if (lane_id() == 31) scratch[warp_id()] = sum;
-  __syncthreads();
-  int before = sum - value, total = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp_id()) before += scratch[w];
-    total += scratch[w];
-  }
-  __syncthreads();
-  return {before, total};
-}
-
-struct Found {
-  int bin, above, inside;  // the bin that holds the n-th largest; how many lie in the bins above, and in it
-};
-
-// Look down a complete histogram, and clear it. Barriers on both sides are inside.
-__device__ __forceinline__ Found find_bin(const SelectionShared& shared, int n) {
-  constexpr int kEach = kBins / kThreads;
-  const int first = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;  // thread 0 has the highest bins
-  __syncthreads();
-  int sum = 0;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) sum += shared.histogram[first - i];
-  int above = block_scan(sum, shared.scan).before;
-  if (above < n && n <= above + sum) {
-    int bin = first;
-    while (above + shared.histogram[bin] < n) above += shared.histogram[bin--];
-    shared.scan[0] = bin;
-    shared.scan[1] = above;
-    shared.scan[2] = shared.histogram[bin];
-  }
-  __syncthreads();
-  const Found found{shared.scan[0], shared.scan[1], shared.scan[2]};
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) shared.histogram[first - i] = 0;
-  __syncthreads();
-  return found;
-}
 
 // The float32 key of q . n for queue row `row`, by a warp, in one order wherever it is called.
 template <int dim>
@@ -104,28 +24,19 @@ __device__ __forceinline__ uint32_t dot_key(const Arguments& a, const float* que
   return order_key(sum_over<32>(sum));
 }
 
-// The chunks of a row that a warp looks at, in order, 32 at a time: [begin, end), the same for its lanes.
-struct Segment {
-  int begin, end;
-};
-__device__ __forceinline__ Segment warp_segment(int chunks) {
-  const int rounds = (chunks + 32 * kWarps - 1) / (32 * kWarps);
-  const int begin = min(warp_id() * rounds * 32, chunks);
-  return {begin, min(begin + rounds * 32, chunks)};
-}
-
 // Calls visit(lane, element, float32 key) for each similarity among 32 chunks whose float16 key is `tied`; the whole warp
 // computes each key and makes each call. `first` is the chunk of lane 0.
 template <int dim, class Visit>
-__device__ __forceinline__ void visit_ties(const Arguments& a, const float* query, const uint4& chunk, bool exists,
-                                           int first, int tied, const Visit& visit) {
+__device__ __forceinline__ void visit_ties(const Arguments& a, const Similarities& s, const float* query,
+                                           const uint4& chunk, bool exists, int first, int tied, const Visit& visit) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     unsigned lanes = __ballot_sync(kAllLanes, exists && half_key(element_bits(chunk, i)) == tied);
     while (lanes) {
       const int lane = __ffs(static_cast<int>(lanes)) - 1;
       lanes &= lanes - 1;
-      visit(lane, i, dot_key<dim>(a, query, (first + lane) * 8 + i));
+      // With NaN among the similarities, what lies beyond the queue may be tied.
+      visit(lane, i, dot_key<dim>(a, query, min(s.row((first + lane) * 8 + i), a.queue_rows - 1)));
     }
   }
 }
@@ -150,7 +61,7 @@ __device__ __forceinline__ void split_ties(const Arguments& a, const Similaritie
     for (int first = segment.begin; first < segment.end; first += 32) {
       const bool exists = first + lane_id() < segment.end;
       const uint4 chunk = exists ? s.load(first + lane_id()) : make_uint4(0, 0, 0, 0);
-      visit_ties<dim>(a, shared.query, chunk, exists, first, threshold.half_bound, [&](int, int, uint32_t key) {
+      visit_ties<dim>(a, s, shared.query, chunk, exists, first, threshold.half_bound, [&](int, int, uint32_t key) {
         const bool inside = shift == 21 || key >> (shift + bits) == prefix;
         if (inside && lane_id() == 0) atomicAdd(shared.histogram + (key >> shift & ((1u << bits) - 1u)), 1);
       });
@@ -168,8 +79,7 @@ __device__ __forceinline__ Threshold find_threshold(const Arguments& a, const Si
                                                     const SelectionShared& shared) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < s.chunks; i += kThreads) {
-    const uint4 chunk = load_global_cg(s.global + i);
-    if (s.shared) s.shared[i] = chunk;
+    const uint4 chunk = s.load(i);
 #pragma unroll
     for (int e = 0; e < 8; ++e) atomicAdd(shared.histogram + (half_key(element_bits(chunk, e)) >> 5), 1);
   }
@@ -194,8 +104,8 @@ struct Membership {
   unsigned sure, equal;
 };
 template <int dim>
-__device__ __forceinline__ Membership membership(const Arguments& a, const Threshold& threshold, const float* query,
-                                                 const uint4& chunk, bool exists, int first) {
+__device__ __forceinline__ Membership membership(const Arguments& a, const Similarities& s, const Threshold& threshold,
+                                                 const float* query, const uint4& chunk, bool exists, int first) {
   Membership m{0, 0};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -204,7 +114,7 @@ __device__ __forceinline__ Membership membership(const Arguments& a, const Thres
     m.sure |= static_cast<unsigned>(exists && sure) << i;
   }
   if (!threshold.all_tied)
-    visit_ties<dim>(a, query, chunk, exists, first, threshold.half_bound, [&](int lane, int i, uint32_t key) {
+    visit_ties<dim>(a, s, query, chunk, exists, first, threshold.half_bound, [&](int lane, int i, uint32_t key) {
       if (lane != lane_id()) return;
       m.sure |= static_cast<unsigned>(key > threshold.bound) << i;
       m.equal |= static_cast<unsigned>(key == threshold.bound) << i;
@@ -226,7 +136,7 @@ __device__ __forceinline__ float write_hard_set(const Arguments& a, const Simila
   for (int first = segment.begin; first < segment.end; first += 32) {
     const bool exists = first + lane_id() < segment.end;
     const uint4 chunk = exists ? s.load(first + lane_id()) : make_uint4(0, 0, 0, 0);
-    const Membership m = membership<dim>(a, threshold, shared.query, chunk, exists, first);
+    const Membership m = membership<dim>(a, s, threshold, shared.query, chunk, exists, first);
     sure += __popc(m.sure);
     equal += __popc(m.equal);
   }
@@ -240,29 +150,18 @@ __device__ __forceinline__ float write_hard_set(const Arguments& a, const Simila
   for (int first = segment.begin; first < segment.end; first += 32) {
     const bool exists = first + lane_id() < segment.end;
     const uint4 chunk = exists ? s.load(first + lane_id()) : make_uint4(0, 0, 0, 0);
-    const Membership m = membership<dim>(a, threshold, shared.query, chunk, exists, first);
-    Before lane = before;
-    int own_sure = __popc(m.sure), own_equal = __popc(m.equal);
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other_sure = __shfl_up_sync(kAllLanes, own_sure, offset);
-      const int other_equal = __shfl_up_sync(kAllLanes, own_equal, offset);
-      if (lane_id() >= offset) {
-        own_sure += other_sure;
-        own_equal += other_equal;
-      }
-    }
-    lane.sure += own_sure - __popc(m.sure);
-    lane.equal += own_equal - __popc(m.equal);
-    before.sure += __shfl_sync(kAllLanes, own_sure, 31);
-    before.equal += __shfl_sync(kAllLanes, own_equal, 31);
+    const Membership m = membership<dim>(a, s, threshold, shared.query, chunk, exists, first);
+    const Scanned lanes_sure = warp_scan_small(static_cast<unsigned>(__popc(m.sure)));
+    const Scanned lanes_equal = warp_scan_small(static_cast<unsigned>(__popc(m.equal)));
+    Before lane{before.sure + lanes_sure.before, before.equal + lanes_equal.before};
+    before = {before.sure + lanes_sure.total, before.equal + lanes_equal.total};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool is_equal = m.equal >> i & 1u, taken = (m.sure >> i & 1u) || (is_equal && lane.equal < threshold.equal);
       if (taken) {
         const int place = lane.sure + min(lane.equal, threshold.equal);
         // With NaN among the similarities, what lies beyond the queue may be taken.
-        shared.hard_set[place] = min((first + lane_id()) * 8 + i, a.queue_rows - 1);
+        shared.hard_set[place] = min(s.row((first + lane_id()) * 8 + i), a.queue_rows - 1);
         sum += __half2float(__ushort_as_half(static_cast<unsigned short>(element_bits(chunk, i))));
       }
       lane.sure += m.sure >> i & 1u;

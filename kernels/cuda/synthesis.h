@@ -25,14 +25,28 @@ __device__ __forceinline__ int share_start(int chunk) {
   return (chunk * kGroup<dim> + lane_id() % kGroup<dim>) * 8;
 }
 
+// A lane's share of a row of the queue as it lies there.
 template <int dim>
-__device__ __forceinline__ Share<dim> load_row(const half* queue, int row) {
+struct PackedShare {
+  uint4 chunk[Share<dim>::chunks];
+};
+
+template <int dim>
+__device__ __forceinline__ PackedShare<dim> load_row(const half* queue, int row) {
+  PackedShare<dim> share;
+#pragma unroll
+  for (int c = 0; c < Share<dim>::chunks; ++c)
+    share.chunk[c] =
+        load_global(reinterpret_cast<const uint4*>(queue + static_cast<size_t>(row) * dim + share_start<dim>(c)));
+  return share;
+}
+
+template <int dim>
+__device__ __forceinline__ Share<dim> widen(const PackedShare<dim>& packed) {
   Share<dim> share;
 #pragma unroll
   for (int c = 0; c < Share<dim>::chunks; ++c) {
-    const half* from = queue + static_cast<size_t>(row) * dim + share_start<dim>(c);
-    const uint4 chunk = load_global(reinterpret_cast<const uint4*>(from));
-    const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    const uint32_t pairs[4] = {packed.chunk[c].x, packed.chunk[c].y, packed.chunk[c].z, packed.chunk[c].w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 pair = unpack(pairs[i]);
@@ -102,20 +116,35 @@ struct SynthesisShared {
   Draw* draws;          // (kDrawsAtOnce)
 };
 
+// The rows that a synthetic negative is made of; `second` is for `mixed` only.
+template <int dim>
+struct Parents {
+  PackedShare<dim> first, second;
+};
+
+template <int dim, int kind>
+__device__ __forceinline__ Parents<dim> load_parents(const Arguments& a, const SynthesisShared& shared, int i) {
+  Parents<dim> parents{};
+  parents.first = load_row<dim>(a.queue, shared.hard_set[shared.draws[i].first]);
+  if constexpr (kind == kMixed) parents.second = load_row<dim>(a.queue, shared.hard_set[shared.draws[i].second]);
+  return parents;
+}
+
 // One synthetic negative of a kind. Uniform over the warp: where a group has none left, it repeats one that exists and
 // `counts` is false.
 template <int dim, int kind>
-__device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<dim>& query, const int* hard_set,
-                                         const Draw& draw, uint32_t sample, bool counts, Pulled<dim>& sum) {
-  const Share<dim> first = load_row<dim>(a.queue, hard_set[draw.first]);
-  const Terms t = terms(kind, draw.coefficient, a.hard.extrapolate_from_negative);
+__device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<dim>& query,
+                                         const Parents<dim>& parents, float coefficient, uint32_t sample, bool counts,
+                                         Pulled<dim>& sum) {
+  const Share<dim> first = widen<dim>(parents.first);
+  const Terms t = terms(kind, coefficient, a.hard.extrapolate_from_negative);
   Products p{};
   p.qq = query.qq;
   p.q_first = dot<dim>(query.q, first);
   p.first2 = dot<dim>(first, first);
   Share<dim> other;  // the second parent, or sigma e
   if constexpr (kind == kMixed) {
-    other = load_row<dim>(a.queue, hard_set[draw.second]);
+    other = widen<dim>(parents.second);
     p.q_second = dot<dim>(query.q, other);
     p.second2 = dot<dim>(other, other);
     p.first_second = dot<dim>(first, other);
@@ -146,36 +175,66 @@ __device__ __forceinline__ void pull_one(const Arguments& a, const QueryShare<di
   if constexpr (kind == kAdversarial) sum.on_sign = fmaf(scaled, a.hard.eta, sum.on_sign);
 }
 
-// All synthetic negatives of a kind: the block draws them, kDrawsAtOnce at a time, then its groups share them.
-template <int dim, int kind>
-__device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<dim>& query,
-                                          const SynthesisShared& shared, Pulled<dim>& sum) {
-  constexpr int groups = kThreads / kGroup<dim>;
-  const int count = a.hard.count[kind], group = static_cast<int>(threadIdx.x) / kGroup<dim>;
-  const Range range = coefficient_range(kind, a.hard);
-  for (int start = 0; start < count; start += kDrawsAtOnce) {
-    const int left = min(count - start, kDrawsAtOnce);
-    __syncthreads();  // the draws before may still be read
-    for (int i = static_cast<int>(threadIdx.x); i < left; i += kThreads)
-      shared.draws[i] = draw(kind, range, a.hard.n_hard, a.seed, query.row, static_cast<uint32_t>(start + i), query.step);
-    __syncthreads();
-    for (int i = group; i < (left + groups - 1) / groups * groups; i += groups) {
-      const int own = min(i, left - 1);
-      pull_one<dim, kind>(a, query, shared.hard_set, shared.draws[own], static_cast<uint32_t>(start + own), i < left,
-                          sum);
+// Draws start .. start + kDrawsAtOnce - 1 of the query's, counted over all kinds in their order, by the block.
+__device__ __forceinline__ void draw_some(const Arguments& a, const SynthesisShared& shared, uint32_t row, uint32_t step,
+                                          int start) {
+  const int end = min(start + kDrawsAtOnce, a.hard.total());
+  for (int i = start + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
+    int kind = 0, sample = i, before = 0;
+    Range range{};
+#pragma unroll
+    for (int each = 0; each < kKinds; ++each) {
+      if (i >= before && i < before + a.hard.count[each]) {
+        kind = each;
+        sample = i - before;
+        range = coefficient_range(each, a.hard);
+      }
+      before += a.hard.count[each];
     }
+    shared.draws[i - start] = draw(kind, range, a.hard.n_hard, a.seed, row, static_cast<uint32_t>(sample), step);
   }
 }
 
+// Those synthetic negatives of a kind whose draws lie from `start` on, shared out over the block's groups. `before`: how
+// many draws the kinds before this one have.
+template <int dim, int kind>
+__device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<dim>& query,
+                                          const SynthesisShared& shared, int start, int& before, Pulled<dim>& sum) {
+  constexpr int groups = kThreads / kGroup<dim>;
+  const int group = static_cast<int>(threadIdx.x) / kGroup<dim>, begin = before;
+  before += a.hard.count[kind];
+  const int first = max(begin - start, 0), left = min(before - start, kDrawsAtOnce) - first;
+  if (left <= 0) return;
+  // Rows are asked for one turn ahead: they take longer to come than a synthetic negative takes.
+  const int turns_end = (left + groups - 1) / groups * groups;
+  Parents<dim> next = load_parents<dim, kind>(a, shared, first + min(group, left - 1));
+  for (int i = group; i < turns_end; i += groups) {
+    const Parents<dim> parents = next;
+    if (i + groups < turns_end) next = load_parents<dim, kind>(a, shared, first + min(i + groups, left - 1));
+    const int own = first + min(i, left - 1);
+    const uint32_t sample = static_cast<uint32_t>(start + own - begin);
+    pull_one<dim, kind>(a, query, parents, shared.draws[own].coefficient, sample, i < left, sum);
+  }
+}
+
+// All synthetic negatives of a query, of which draw_some has drawn the first.
 template <int dim>
 __device__ __forceinline__ void pull_all(const Arguments& a, const QueryShare<dim>& query,
                                          const SynthesisShared& shared, Pulled<dim>& sum) {
-  pull_kind<dim, kInterpolated>(a, query, shared, sum);
-  pull_kind<dim, kExtrapolated>(a, query, shared, sum);
-  pull_kind<dim, kMixed>(a, query, shared, sum);
-  pull_kind<dim, kNoisy>(a, query, shared, sum);
-  pull_kind<dim, kPerturbed>(a, query, shared, sum);
-  pull_kind<dim, kAdversarial>(a, query, shared, sum);
+  for (int start = 0; start < a.hard.total(); start += kDrawsAtOnce) {
+    if (start) {
+      __syncthreads();  // the draws before may still be read
+      draw_some(a, shared, query.row, query.step, start);
+      __syncthreads();
+    }
+    int before = 0;
+    pull_kind<dim, kInterpolated>(a, query, shared, start, before, sum);
+    pull_kind<dim, kExtrapolated>(a, query, shared, start, before, sum);
+    pull_kind<dim, kMixed>(a, query, shared, start, before, sum);
+    pull_kind<dim, kNoisy>(a, query, shared, start, before, sum);
+    pull_kind<dim, kPerturbed>(a, query, shared, start, before, sum);
+    pull_kind<dim, kAdversarial>(a, query, shared, start, before, sum);
+  }
 }
 
 }  // namespace synco::cuda

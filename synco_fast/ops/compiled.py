@@ -1,6 +1,7 @@
 """The `cpu` and `cuda` backends: the compiled library of kernels/, if there is one, and why it cannot be used."""
 
 import functools
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -9,25 +10,26 @@ from torch import Tensor
 from synco_fast.ops.hard import HardNegatives, pack
 from synco_fast.ops.numbers import MIN_TEMPERATURE
 
+LIBRARY = Path(__file__).parent.parent / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+
 CUDA_DIMS = (64, 128, 256)
 MAX_QUEUE_ROWS = 2**20
 MAX_N_HARD = 4096
 
-_HOW = "pip install --no-build-isolation -e . (or make setup) builds it"
+_HOW = "pip install --no-build-isolation -e . (or make clean setup) builds it"
 
 
 @functools.cache
 def _load() -> str:
     """Load the library; "ok", or what is wrong with it."""
-    found = sorted(Path(__file__).parent.parent.glob("_kernels*.so"))
-    if not found:
+    if not LIBRARY.exists():
         return f"the kernels are not compiled: with a C++ compiler (g++) installed, {_HOW}"
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"{found[0].name} does not fit this torch {torch.__version__}; {_HOW} anew ({str(error)[:200]})"
+        return f"{LIBRARY.name} does not fit this torch {torch.__version__}; {_HOW} anew ({str(error)[:200]})"
     if not hasattr(torch.ops.synco_fast, "compiled_with_cuda"):
-        return f"{found[0].name} was built from older sources; {_HOW} anew"
+        return f"{LIBRARY.name} was built from older sources; {_HOW} anew"
     return "ok"
 
 

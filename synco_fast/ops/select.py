@@ -18,12 +18,12 @@ def hardest(similarity: Tensor, n: int) -> tuple[Tensor, Tensor]:
         (B, n) int64 column indices, ascending, those past the row's size 0; and (B, 1) int64, the row's size.
     """
     threshold = similarity.topk(n, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    above = similarity > threshold
     tied = (similarity == threshold) & (threshold > -torch.inf)
-    room = n - above.sum(dim=1, keepdim=True)
-    taken = above | (tied & (tied.cumsum(dim=1) <= room))
-    # Column j goes to place (number of taken columns before it); what is not taken goes to a spare place n.
-    place = torch.where(taken, taken.cumsum(dim=1) - 1, n)
-    columns = torch.arange(similarity.shape[1], device=similarity.device).expand_as(place)
-    chosen = columns.new_zeros(similarity.shape[0], n + 1).scatter_(1, place, columns)[:, :n]
-    return chosen, taken.sum(dim=1, keepdim=True)
+    # A second selection, by rule: all above the threshold first, then the tied, the lower column the earlier.
+    end = similarity.shape[1]
+    turn = torch.arange(end, 0, -1, dtype=torch.int32, device=similarity.device)
+    key = torch.where(similarity > threshold, end + 1, torch.where(tied, turn, 0))
+    taken = key.topk(n, dim=1, sorted=False)
+    columns = torch.where(taken.values > 0, taken.indices, end).sort(dim=1).values
+    inside = columns < end
+    return torch.where(inside, columns, 0), inside.sum(dim=1, keepdim=True)

@@ -94,6 +94,25 @@ def test_vectors_that_all_but_cancel(backend: str, dtype: torch.dtype) -> None:
     assert (gradient - true_gradient).norm() <= 100 * 4 * gradient_floor
 
 
+@every_backend
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_ties_between_parts_of_the_queue_that_run_side_by_side(backend: str, threads: int) -> None:
+    """Rows that tie for each query and differ where queries are 0: the gradient tells which were taken, the lowest.
+
+    Those of the first part come late, when another part has long been full of its own.
+    """
+    q = torch.cat([exact_rows(130, 64, seed=51), torch.zeros(130, 64)], dim=1)
+    queue = torch.cat([exact_rows(1, 64, seed=52).expand(20_000, 64), exact_rows(20_000, 64, seed=53)], dim=1) / 2
+    queue[:4000, :64] *= -1
+    q *= (q @ queue[-1:].T).sign()
+    k = exact_rows(130, 128, seed=54)
+    torch.set_num_threads(threads)
+    try:
+        assert_same_answer(backend, q.float(), k.float(), queue.float(), hard=HardNegatives.synco(), temperature=0.07)
+    finally:
+        torch.set_num_threads(1)
+
+
 def full_size(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     q, queue = grid_rows(130, 128, seed=43).float(), grid_rows(9000, 128, seed=44).to(dtype)
     return q, grid_rows(130, 128, seed=45).float(), queue
@@ -154,10 +173,11 @@ def test_any_dtype_of_q_and_k(backend: str, q_dtype: torch.dtype) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("dim", [1, 3, 20, 65, 300])
-def test_odd_widths(backend: str, dim: int) -> None:
-    q, k, queue = grid_rows(3, dim, seed=46), grid_rows(3, dim, seed=47), grid_rows(300, dim, seed=48)
-    assert_same_answer(backend, q.float(), k.float(), queue.float(), hard=everything(40), temperature=0.2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 2, 3, 20, 65, 300])
+def test_odd_widths(backend: str, dim: int, dtype: torch.dtype) -> None:
+    q, k, queue = (grid_rows(rows, dim, seed=46 + rows, bits=8) for rows in (3, 4, 300))
+    assert_same_answer(backend, q.float(), k[:3].float(), queue.to(dtype), hard=everything(40), temperature=0.2)
 
 
 @every_backend

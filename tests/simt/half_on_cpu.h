@@ -54,3 +54,19 @@ inline float __half2float(half h) {
 }
 
 inline half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+
+// The larger of each pair of elements: a number rather than a NaN, 0 rather than -0.
+inline half2 __hmax2(half2 a, half2 b) {
+  const auto larger = [](half x, half y) -> half {
+    const float u = __half2float(x), v = __half2float(y);
+    if (u != u || v != v) return u == u ? x : v == v ? y : half{0x7fff};
+    return u > v || (u == v && !(x.bits & 0x8000u)) ? x : y;
+  };
+  return {larger(a.x, b.x), larger(a.y, b.y)};
+}
+
+// 0xffff in each half of the result where a >= b; false with a NaN.
+inline unsigned __hge2_mask(half2 a, half2 b) {
+  return (__half2float(a.x) >= __half2float(b.x) ? 0xffffu : 0u) |
+         (__half2float(a.y) >= __half2float(b.y) ? 0xffff0000u : 0u);
+}

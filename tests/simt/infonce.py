@@ -9,11 +9,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from synco_fast.ops import KINDS, HardNegatives, eager, stat_names
+from tests.ops.cases import rounding_floor, run
 from tests.simt.build import CACHE, REPOSITORY, build
 
 KERNELS = REPOSITORY / "kernels/cuda"
@@ -113,6 +115,41 @@ def launch(program: Path, q: Tensor, k: Tensor, queue: Tensor, *, hard: HardNega
     ranks = torch.frombuffer(bytearray(output[4 * floats :]), dtype=torch.int64).view(2, batch)
     named = dict(zip(stat_names(hard), stats, strict=False))
     return Launch(loss[0], gradient.view(batch, dim), *ranks, named, json.loads(done.stdout))
+
+
+def assert_right(
+    out: Any,
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    *,
+    hard: HardNegatives,
+    temperature: float,
+    exact: bool = False,
+    **place: int,
+) -> None:
+    """Ranks identical to float64; loss and gradient off by at most twice what the same precision is off.
+
+    Where not `exact`, a synthetic negative may tie with the positive to the last bit, and fall on either side.
+
+    Args:
+        out: loss, gradient, rank, rank_all and stats of the kernel, on the CPU, as the operands are.
+        place: seed, step and row_offset.
+    """
+    arguments = {"hard": hard, "temperature": temperature, **place}
+    truth, true_gradient = run("eager", q.half().double(), k.double(), queue.double(), **arguments)
+    peer_loss, peer_gradient = same_precision(q, k, queue, **arguments)
+    assert torch.equal(out.rank, truth.rank)
+    assert (out.rank_all - truth.rank_all).abs().max() <= (0 if exact else 1)
+    loss_floor, gradient_floor = rounding_floor(temperature, len(q), truth.loss.item())
+    loss_error, peer_loss_error = (abs(x.item() - truth.loss.item()) for x in (out.loss, peer_loss))
+    assert loss_error <= 2 * peer_loss_error + loss_floor
+    error, peer_error = ((x.double() - true_gradient).norm().item() for x in (out.gradient, peer_gradient))
+    assert error <= 2 * peer_error + gradient_floor
+    # The hard set's mean similarity is taken from float16.
+    for name, value in truth.stats.items():
+        bound = 2.0**-11 if name == "hard_similarity" else 4 * rounding_floor(temperature, len(q))[0]
+        assert abs(float(out.stats[name] - value)) <= bound, name
 
 
 def same_precision(

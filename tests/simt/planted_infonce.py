@@ -6,6 +6,7 @@ WRONG = "wrong"  # numbers that disagree with float64
 RACE = "WARNING: ThreadSanitizer: data race"
 PAST_SHARED = "wrote outside a shared array"
 PAST_GLOBAL = "outside of every cudaMalloc"
+UNDER_WAY = "cp.async copies under way"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Planted:
     more: tuple[tuple[str, str], ...] = ()  # further pieces of the file
 
 
-PASS, SELECT, SYNTHESIS, FINISH = "queue_pass.h", "selection.h", "synthesis.h", "finish.h"
+PASS, NARROW, SELECT = "queue_pass.h", "candidates.h", "selection.h"
+SYNTHESIS, FINISH = "synthesis.h", "finish.h"
 MATRIX_BARRIER = "    __syncthreads();  // tile t has arrived for all, and nobody reads the stage that is filled next\n"
 
 PLANTED = {
@@ -78,16 +80,35 @@ PLANTED = {
             ("min(lane.equal, threshold.equal)", "max(lane.equal, 0)"),
         ),
     ),
-    "ties never split": Planted(SELECT, "room == low.inside, 0, 0}", "true, 0, 0}", "ties", evidence=PAST_SHARED),
+    "ties never split": Planted(SELECT, "room == low.inside, 0, 0}", "true, 0, 0}", "ties", evidence=PAST_GLOBAL),
     "ties not split in float32": Planted(
         SELECT, "key > threshold.bound) << i", "false) << i", "ties", evidence=PAST_GLOBAL
     ),
     "ties split among all": Planted(
         SELECT, "shift == 21 || key >> (shift + bits) == prefix", "true", "ties", evidence=PAST_GLOBAL
     ),
-    "histogram not cleared": Planted(SELECT, "shared.histogram[first - i] = 0;", "", evidence=PAST_GLOBAL),
+    "similarities read before they have come": Planted(NARROW, "  cp_async_wait<0>();  //", "  //", evidence=UNDER_WAY),
+    "the next row's similarities over this one's": Planted(
+        FINISH,
+        "    hard_sum = write_hard_set",
+        "    if (next >= 0) bring_similarities(a, p, shared.selection, next);\n    hard_sum = write_hard_set",
+        "unnarrowed",
+        evidence=PAST_GLOBAL,
+    ),
+    "candidates of another chunk": Planted(NARROW, "[place] = i * 8 + element;", "[place] = first * 8 + element;"),
+    "candidates of a warp over those of another": Planted(NARROW, "int before = warps.before;", "int before = 0;"),
+    "what equals the bound is no candidate": Planted(
+        NARROW, "unsigned mask = i < segment.end ? at_least", "unsigned mask = i < segment.end ? ~1u & at_least"
+    ),
+    "more candidates than there is room for": Planted(
+        NARROW, " || warps.total > max_candidates(n)", "", "collapsed", evidence=PAST_GLOBAL
+    ),
+    "no barrier after the candidates are written": Planted(
+        NARROW, "  __syncthreads();\n  return {nullptr", "  return {nullptr", "race", "threads", RACE
+    ),
+    "histogram not cleared": Planted(NARROW, "shared.histogram[first - i] = 0;", "", evidence=PAST_GLOBAL),
     "scan scratch reused at once": Planted(
-        SELECT, "  __syncthreads();\n  return {before, total};", "  return {before, total};", "race", "threads", RACE
+        NARROW, "  __syncthreads();\n  return {before, total};", "  return {before, total};", "race", "threads", RACE
     ),
     "row kept past its end": Planted(
         FINISH,
@@ -95,7 +116,7 @@ PLANTED = {
         "arena.take<uint4>(p.keep_row ? p.row_stride / 8 - 8 : 0)",
         evidence=PAST_SHARED,
     ),
-    "second parent is the first": Planted(SYNTHESIS, "hard_set[draw.second]", "hard_set[draw.first]"),
+    "second parent is the first": Planted(SYNTHESIS, "shared.draws[i].second", "shared.draws[i].first"),
     "noise one quad on": Planted(SYNTHESIS, "share_start<dim>(c) / 4 + quad", "share_start<dim>(c) / 4 + quad + 1"),
     "a repeated synthetic negative counts": Planted(
         SYNTHESIS,
@@ -103,10 +124,15 @@ PLANTED = {
         "exp2_approx(form.similarity * query.log2e_over_t)",
     ),
     "no barrier before draws are overwritten": Planted(
-        SYNTHESIS, "    __syncthreads();  // the draws before may still be read\n", "", "race", "threads", RACE
+        SYNTHESIS, "      __syncthreads();  // the draws before may still be read\n", "", "many", "threads", RACE
     ),
     "seed's high word dropped": Planted(
-        SYNTHESIS, "a.hard.n_hard, a.seed, query", "a.hard.n_hard, a.seed & 0xffffffffu, query"
+        SYNTHESIS, "a.hard.n_hard, a.seed, row", "a.hard.n_hard, a.seed & 0xffffffffu, row"
+    ),
+    "part of a row never written": Planted(
+        "infonce.cu",
+        "p.row_stride = divide_up(queue_rows, tile_columns(dim)) * tile_columns(dim);",
+        "p.row_stride = divide_up(queue_rows, tile_columns(dim)) * tile_columns(dim) + 64;",
     ),
     "step dropped": Planted(FINISH, "share.step = static_cast<uint32_t>(load_global(a.step));", "share.step = 0;"),
     "row offset dropped": Planted(FINISH, "share.row = a.row_offset + ", "share.row = "),

@@ -1,5 +1,6 @@
-// Each primitive of the gateway against plain loops and the formulas of the PTX ISA. With g++ this tests the emulator;
-// the same file built by nvcc and run on a GPU tests that the emulator and the hardware mean the same.
+// Each primitive of the gateway, but for float16 (selftest_half.cu), against plain loops and the formulas of the PTX ISA.
+// With g++ this tests the emulator; the same file built by nvcc and run on a GPU tests that the emulator and the hardware
+// mean the same.
 //   nvcc -std=c++17 -arch=native -I kernels/cuda tests/simt/selftest.cu -o selftest && ./selftest
 #include <cmath>
 #include <cstdio>
@@ -234,60 +235,6 @@ void test_accesses() {
 }
 
 // ---- Scalars
-__global__ void round_to_half(const float* in, uint16_t* out, uint16_t* out_pairs, unsigned n) {
-  for (unsigned i = threadIdx.x; i < n; i += blockDim.x) {
-    const float f = load_global(&in[i]);
-    store_global(&out[i], __half_as_ushort(__float2half_rn(f)));
-    const half2 pair = __floats2half2_rn(-f, f);
-    store_global(&out_pairs[2 * i], __half_as_ushort(pair.x));
-    store_global(&out_pairs[2 * i + 1], __half_as_ushort(pair.y));
-  }
-}
-__global__ void widen(uint32_t* out) {
-  for (unsigned i = threadIdx.x; i < 65536; i += blockDim.x) {
-    const half h = __ushort_as_half(static_cast<unsigned short>(i));
-    const float2 pair = __half22float2(half2{h, h});
-    store_global(&out[i], __float_as_uint(i & 1 ? pair.y : __half2float(h)));
-  }
-}
-
-double half_value(uint32_t bits) {  // finite ones
-  const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
-  const double magnitude = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-// Every half; and around every midpoint of neighbours the two floats next to it and the midpoint itself.
-void test_half() {
-  const OnDevice<uint32_t> wide(65536);
-  RUN(widen, 1, 256, 0, wide);
-  const std::vector<uint32_t> floats = wide.values();
-  for (uint32_t bits = 0; bits < 65536; bits++) {
-    const float f = bit_cast<float>(floats[bits]);
-    if ((bits & 0x7fff) > 0x7c00) EXPECT(std::isnan(f), "%04x is a NaN", bits);
-    else if ((bits & 0x7fff) == 0x7c00) EXPECT(std::isinf(f) && (f < 0) == (bits >> 15), "%04x is infinite", bits);
-    else EXPECT(f == half_value(bits) && std::signbit(f) == (bits >> 15 == 1), "%04x is %g", bits, f);
-  }
-
-  std::vector<float> in{NAN, INFINITY, -INFINITY, 65519.99f, 65520.f, 1e30f, -1e30f, 1e-30f, -0.f, 1e-42f};
-  std::vector<uint32_t> want{0x7fff, 0x7c00, 0xfc00, 0x7bff, 0x7c00, 0x7c00, 0xfc00, 0, 0x8000, 0};
-  for (uint32_t bits = 0; bits < 0x7bff; bits++) {
-    const float middle = static_cast<float>((half_value(bits) + half_value(bits + 1)) / 2);
-    for (const float f : {nextafterf(middle, 0), middle, nextafterf(middle, INFINITY)}) in.push_back(f);
-    for (const uint32_t h : {bits, bits + (bits & 1), bits + 1}) want.push_back(h);
-  }
-  const unsigned n = static_cast<unsigned>(in.size());
-  const OnDevice<float> on_in(in);
-  const OnDevice<uint16_t> on_out(n), on_pairs(2 * n);
-  RUN(round_to_half, 1, 256, 0, on_in, on_out, on_pairs, n);
-  const std::vector<uint16_t> out = on_out.values(), pairs = on_pairs.values();
-  for (unsigned i = 0; i < n; i++) {
-    const uint32_t negative = std::isnan(in[i]) ? want[i] : want[i] ^ 0x8000;
-    EXPECT(out[i] == want[i], "%.9g became %04x, not %04x", in[i], out[i], want[i]);
-    EXPECT(pairs[2 * i] == negative && pairs[2 * i + 1] == want[i], "a pair of %.9g", in[i]);
-  }
-}
-
 __global__ void powers_of_two(const float* in, float* out, int n) {
   for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) store_global(&out[i], exp2_approx(load_global(&in[i])));
 }
@@ -403,7 +350,6 @@ int main() {
   test_collectives();
   test_grid_sync();
   test_accesses();
-  test_half();
   test_exp2();
   test_scalars();
   test_launches();

@@ -35,11 +35,10 @@ RECORDING = {
     ),
     "synthesis.h": (
         (
-            "  const Terms t = terms(",
-            "  int place = static_cast<int>(query.row - a.row_offset) * a.hard.total() + static_cast<int>(sample);\n"
-            "  for (int before = 0; before < kind; ++before) place += a.hard.count[before];\n"
-            "  if (counts && lane_id() % kGroup<dim> == 0) a.draws[place] = draw;\n"
-            "  const Terms t = terms(",
+            "    const uint32_t sample = ",
+            "    const int place = static_cast<int>(query.row - a.row_offset) * a.hard.total() + start + own;\n"
+            "    if (i < left && lane_id() % kGroup<dim> == 0) a.draws[place] = shared.draws[own];\n"
+            "    const uint32_t sample = ",
         ),
     ),
     "infonce_main.cpp": (

@@ -1,7 +1,7 @@
 """The emulator that runs CUDA kernels on the CPU: it does what CUDA does, and it catches what kernels do wrong.
 
-A GPU is not needed and not used. selftest.cu holds the assertions; built by nvcc and run on a GPU, they tell whether
-hardware agrees.
+A GPU is not needed and not used. selftest.cu and selftest_half.cu hold the assertions; built by nvcc and run on a GPU,
+they tell whether hardware agrees.
 """
 
 import os
@@ -74,9 +74,12 @@ def run(
 RUNS = [*(("plain", schedule) for schedule in SCHEDULES), ("sanitized", "fwd"), ("threads", "fwd")]
 
 
-@pytest.mark.parametrize(("variant", "schedule"), RUNS)
-def test_primitives_do_what_cuda_says(variant: str, schedule: str) -> None:
-    done = run("selftest.cu", variant, schedule=schedule)
+@pytest.mark.parametrize(
+    ("source", "variant", "schedule"),
+    [*(("selftest.cu", *how) for how in RUNS), ("selftest_half.cu", "plain", "fwd")],
+)
+def test_primitives_do_what_cuda_says(source: str, variant: str, schedule: str) -> None:
+    done = run(source, variant, schedule=schedule)
     assert (done.returncode, done.stdout) == (0, "passed: 0 failures\n"), done.stdout + done.stderr
 
 
@@ -119,5 +122,6 @@ def test_nothing_is_built_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: not compiled for GPUs")
-def test_the_gateway_compiles_for_gpus() -> None:
-    assert compile_for_gpus(FOLDER / "selftest.cu", (80, 120)).stat().st_size
+@pytest.mark.parametrize("source", ["selftest.cu", "selftest_half.cu"])
+def test_the_gateway_compiles_for_gpus(source: str) -> None:
+    assert compile_for_gpus(FOLDER / source, (80, 120)).stat().st_size

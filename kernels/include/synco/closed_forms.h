@@ -44,7 +44,8 @@ SYNCO_BOTH ClosedForm closed_form(const Terms& t, const Products& p) {
                         2.0f * (t.query * (t.first * p.q_first + t.second * p.q_second) +
                                 t.first * t.second * p.first_second + t.first * p.first_extra) +
                         p.extra2;
-  const float scale = 1.0f / sqrtf(fmaxf(length2, kMinNorm * kMinNorm));
+  // Not fmaxf, which compilers for the CPU do not vectorise.
+  const float scale = 1.0f / sqrtf(length2 > kMinNorm * kMinNorm ? length2 : kMinNorm * kMinNorm);
   return {dot * scale, scale};
 }
 
