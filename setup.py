@@ -64,11 +64,12 @@ def compiled_kernels() -> dict[str, Any]:
     """The extension's arguments to setup(), or none when it cannot be built here."""
     find_cuda()
     try:
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         say("torch is not installed here, so the kernels are left out (install torch, then use --no-build-isolation)")
         return {}
-    compiler = os.environ.setdefault("CXX", get_cxx_compiler())  # setuptools would take the one that made Python
+    compiler = os.environ.get("CXX", "").strip() or "c++"
+    os.environ["CXX"] = compiler  # setuptools would take the one that made Python
     if shutil.which(shlex.split(compiler)[0]) is None:
         say(f"there is no C++ compiler ({compiler}), so the kernels are left out")
         return {}

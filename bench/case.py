@@ -18,7 +18,7 @@ class Case:
     """A contender at given sizes.
 
     Attributes:
-        contender: a name of `bench.contenders.names()`.
+        contender: a name in `bench.contenders.CONTENDERS`.
         setting: what `hard` is called in tables: moco, synco, mochi, or a kind alone.
         batch, queue, dim: B, K, D.
         hard: the negatives.

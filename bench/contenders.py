@@ -5,6 +5,7 @@ A step is the loss, forward, and its gradient with respect to q, backward.
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,9 +21,6 @@ Step = Callable[[], Tensor]
 
 SEED = 0
 _STEPS = 256
-
-WORKSPACE = 2**26
-"""Bytes of similarities a fused kernel keeps at a time, to select from (docs/design.md, The op)."""
 
 
 class Contender(NamedTuple):
@@ -77,49 +75,133 @@ def _differentiated(q: Tensor, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def op_flops(case: Case) -> int:
-    """4 B K D: two products with the queue. Vectors that no closed form replaces: 2 B S D for `mixed` (n_i . n_j),
-    8 for `noisy` (q . e, n . e, e . e and the gradient's share), 4 for `adversarial` (n . sign(q), the share)."""
+# Operations are two for a multiply-add of vectors of D. Bytes are the least that the contender's way of working moves:
+# what it must fetch from or leave in memory, if nothing but a tile stays in a cache between two uses. (More may stay
+# there: then a contender can beat its floor.) Not counted: numbers by the row, and the partial sums of the GPU kernels'
+# splits, whose number is a choice of the launch. Each ends with q and k read and the gradient written, in float32.
+
+_WORKSPACE = 2**26
+"""Bytes of similarities that `cuda` and `triton` keep at a time; a batch that needs more takes further passes."""
+
+_CPU_TILE, _CPU_TILE_COLUMNS, _CPU_TASKS = 128, 512, 8
+_CUDA_TILE = 128
+_TRITON_TILES = {"float32": 16, "float16": 64, "bfloat16": 64}
+_TRITON_TERMS = {"float32": 1, "float16": 2, "bfloat16": 3}
+
+
+def eager_flops(case: Case) -> int:
+    """4 B K D: two products with the queue; n . n of each of its rows, if something is selected. 2 B S D for `mixed`
+    (n_i . n_j), 8 for `noisy` (q . e, n . e, e . e, the share in the gradient), 4 for `adversarial` (n . sign(q), the
+    share)."""
     hard = case.hard
     vectors = 2 * hard.mixed + 8 * hard.noisy + 4 * hard.adversarial
-    return case.batch * case.dim * (4 * case.queue + vectors)
-
-
-def fused_bytes(case: Case) -> int:
-    """A fused kernel's traffic: no logit and no synthetic vector ever reaches memory.
-
-    The queue once for each pass over the rows that fit the workspace, which is one pass where nothing is selected;
-    q and k read and the gradient written, in float32; with synthetic negatives, the similarities written and read once
-    in the queue's dtype, and each row of a hard set read once more (B N of them, at most the whole queue).
-    """
-    passes, selection = 1, 0
-    if case.hard.total:
-        rows = max(1, WORKSPACE // (case.queue * case.element))
-        passes = -(-case.batch // rows)
-        hard_rows = min(case.batch * case.hard.n_hard, case.queue)
-        selection = case.element * (2 * case.batch * case.queue + hard_rows * case.dim)
-    return passes * case.queue * case.dim * case.element + 3 * 4 * case.batch * case.dim + selection
+    norms = 2 * case.queue if hard.total else 0
+    return case.dim * (4 * case.batch * case.queue + norms + case.batch * vectors)
 
 
 def eager_bytes(case: Case) -> int:
-    """`eager` counted as the published losses are: each operation of synco_fast/ops/eager.py reads and writes once.
+    """Each operation of synco_fast/ops/eager.py reads its inputs once and writes its result once, as the published
+    losses are counted; tests/bench/test_counts.py watches the operations. B N numbers count as nothing.
 
-    The queue in float32 twice, and a 16-bit one read and written in float32 first. A similarity, 4 bytes, in the loss:
-    written by the product; read by the maximum; three operations of a read and a write make its weight; read by the
-    sum, by the gradient's product and by the comparison for the rank, which writes and reads a byte. The selection:
-    top-k reads it; two comparisons read 4 and write 1; 5 bytes to combine the tied, 1 to count those above; the two
-    running counts read 1 and write 8; compared or decremented, 9 and 16; 6 for the two logical operations; `where`
-    reads 9 and writes 8; `scatter_` reads 16; the last count 1. Vectors: parents of `mixed`, 2 x 2 and 3 for their
-    product and sum; `noisy`: noise 1, scaling 2, with q 3, the parents and their sum 9, the gradient 1;
-    `adversarial`: as much for the parents.
+    The queue is read by two products, in float32; a 16-bit one is read and written in float32 before. Its rows' squares
+    are written and summed. A similarity, 4 bytes, in the loss: written by the product; read by the maximum; three
+    operations make its weight, each a read and a write; read by the sum, by the gradient's product and by the
+    comparison for the rank, which leaves a byte that is read. In the selection: top-k reads it; two comparisons read it
+    and write a byte each; one of them is read and written again; the 4-byte key is written, read and written, by two
+    `where` that read a byte each; the second top-k reads it.
+
+    A synthetic negative: 2260 bytes, of which 1800 are Philox's (ten rounds on int64 words), the rest its coefficient,
+    parent and closed form; 320 more for a second parent. An element of (B, S, D), in float32: `mixed` 8 passes (two
+    rows gathered, their product and its sum); `adversarial` 9 (a row gathered, doubled, the sign added, times the sign,
+    summed); `noisy` 17 (the same, scaling, q . e and the gradient's share), and 540 bytes for Philox and Box-Muller.
     """
     hard, element = case.hard, case.element
+    queue = 4 * 2 + (0 if element == 4 else element + 4)
     per_similarity = 4 * (1 + 1 + 6 + 3) + 2
     if hard.total:
-        per_similarity += 4 + 10 + 5 + 1 + 18 + 25 + 6 + 17 + 16 + 1
-    queue = 4 * 2 if element == 4 else element + 4 * 3
-    vectors = 4 * (7 * hard.mixed + 16 * hard.noisy + 9 * hard.adversarial)
-    return queue * case.queue * case.dim + per_similarity * case.batch * case.queue + vectors * case.batch * case.dim
+        queue += 4 * 3
+        per_similarity += 4 + 2 * 5 + 2 + (1 + 4) + (1 + 8) + 4
+    vectors = 4 * (8 * hard.mixed + 9 * hard.adversarial + 17 * hard.noisy) + 540 * hard.noisy
+    per_query = per_similarity * case.queue + 2260 * hard.total + 320 * hard.mixed + vectors * case.dim
+    return queue * case.queue * case.dim + case.batch * per_query + _ends(case)
+
+
+def cpu_flops(case: Case) -> int:
+    """4 B K D; n . n and the share in the gradient of each hard row that is drawn; 2 B S D for `mixed` (n_i . n_j), 8
+    for `noisy` (q . e, n . e, e . e, the share), 2 for `adversarial` (n . sign(q))."""
+    hard = case.hard
+    vectors = 2 * hard.mixed + 8 * hard.noisy + 2 * hard.adversarial
+    return case.batch * case.dim * (4 * case.queue + 4 * _drawn(case) + vectors)
+
+
+def cpu_bytes(case: Case) -> int:
+    """The queue once for each row tile; each split's sum of rows, and its candidates for the hard set (a similarity and
+    a row number), written and read; the rows that are drawn. No similarity leaves its tile."""
+    row_tiles = _row_tiles(case.batch, _CPU_TILE)
+    splits = min(-(-_CPU_TASKS // row_tiles), -(-case.queue // _CPU_TILE_COLUMNS))
+    candidates = (4 + 4) * case.hard.n_hard if case.hard.total else 0
+    partial = splits * case.batch * 2 * (4 * case.dim + candidates)
+    return row_tiles * _queue(case) + partial + _drawn_bytes(case) + _ends(case)
+
+
+def cuda_flops(case: Case) -> int:
+    """4 B K D; q . n, n . n and the share of each parent; the rest as on the CPU."""
+    hard = case.hard
+    vectors = 6 * (hard.total + hard.mixed) + 2 * hard.mixed + 8 * hard.noisy + 2 * hard.adversarial
+    return case.batch * case.dim * (4 * case.queue + vectors)
+
+
+def cuda_bytes(case: Case) -> int:
+    """The queue once for each row tile; if something is selected, similarities in float16 written and read once, and
+    the rows that are drawn."""
+    return _on_gpu(case, _CUDA_TILE, element=2, similarities=2 * case.queue)
+
+
+def triton_flops(case: Case) -> int:
+    """2 B K D, and as much for each number of the queue's dtype that a weight is split into. A vector is built, from
+    the query and one parent, two, or one and noise; then v . v, q . v and its share."""
+    hard = case.hard
+    vectors = 10 * hard.total + 2 * (hard.mixed + hard.noisy)
+    return case.batch * case.dim * (2 * (1 + _TRITON_TERMS[case.dtype]) * case.queue + vectors)
+
+
+def triton_bytes(case: Case) -> int:
+    """The queue once for each row tile; if something is selected, similarities in float32 written, the maxima of groups
+    of sqrt(K / N) written and read, N groups read; and the rows that are drawn."""
+    similarities = case.queue + 3 * math.isqrt(case.queue * case.hard.n_hard)
+    return _on_gpu(case, _TRITON_TILES[case.dtype], element=4, similarities=similarities)
+
+
+def _on_gpu(case: Case, tile: int, *, element: int, similarities: int) -> int:
+    """Bytes, with this many similarities of `element` bytes written or read for each query."""
+    if not case.hard.total:
+        return _row_tiles(case.batch, tile) * _queue(case) + _ends(case)
+    held = max(1, _WORKSPACE // (element * case.queue))
+    selection = element * case.batch * similarities + _drawn_bytes(case)
+    return _row_tiles(case.batch, min(tile, held)) * _queue(case) + selection + _ends(case)
+
+
+def _row_tiles(batch: int, rows: int) -> int:
+    return -(-batch // rows)
+
+
+def _queue(case: Case) -> int:
+    return case.element * case.queue * case.dim
+
+
+def _ends(case: Case) -> int:
+    return 3 * 4 * case.batch * case.dim
+
+
+def _drawn(case: Case) -> int:
+    """Rows of a query's hard set that are somebody's parent, in the mean: each draw misses a row with 1 - 1 / N."""
+    n, draws = case.hard.n_hard, case.hard.total + case.hard.mixed
+    return round(n * (1 - (1 - 1 / n) ** draws)) if draws else 0
+
+
+def _drawn_bytes(case: Case) -> int:
+    """Those of all queries, each row of the queue once at most."""
+    return case.element * case.dim * min(case.batch * _drawn(case), case.queue)
 
 
 BASELINES = {
@@ -130,10 +212,10 @@ BASELINES = {
 }
 
 OPS = {
-    "eager": Contender(_op, op_flops, eager_bytes),
-    "cpu": Contender(_op, op_flops, fused_bytes),
-    "triton": Contender(_op, op_flops, fused_bytes),
-    "cuda": Contender(_op, op_flops, fused_bytes),
+    "eager": Contender(_op, eager_flops, eager_bytes),
+    "cpu": Contender(_op, cpu_flops, cpu_bytes),
+    "triton": Contender(_op, triton_flops, triton_bytes),
+    "cuda": Contender(_op, cuda_flops, cuda_bytes),
 }
 
 CONTENDERS = {**BASELINES, **OPS}

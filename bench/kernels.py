@@ -5,7 +5,6 @@ See bench/README.md.
 
 import argparse
 import datetime
-import importlib.metadata
 import platform
 import re
 import subprocess
@@ -24,6 +23,7 @@ from bench.measure import Yardstick, device_name, interleaved, quantiles
 from bench.rows import Row
 from synco_fast import __version__
 from synco_fast.errors import UserError
+from synco_fast.machine import version
 from synco_fast.ops import KINDS, HardNegatives
 
 _REPOSITORY = Path(__file__).parent.parent
@@ -104,14 +104,15 @@ def _times(hard: HardNegatives, factor: int) -> HardNegatives:
     return _with(hard, **{kind: factor * hard.count(kind) for kind in KINDS}) if factor else _NONE
 
 
-def cases(point: Point, names: Sequence[str], dtype: str, device: str) -> list[Case]:
-    """What is timed at a point, plain MoCo first."""
+def cases(point: Point, names: Sequence[str], dtypes: Sequence[str], device: str) -> list[Case]:
+    """What is timed at a point, plain MoCo first. The losses in PyTorch take the first dtype only."""
     found = []
     for name in names:
-        for setting, hard in point.settings.items():
-            if name in BASELINES and (setting == "mochi" or (setting == "moco") != (name == "moco_eager")):
-                continue
-            found.append(_case(name, setting, hard, point.sizes, dtype, device))
+        for dtype in dtypes[:1] if name in BASELINES else dtypes:
+            for setting, hard in point.settings.items():
+                if name in BASELINES and (setting == "mochi" or (setting == "moco") != (name == "moco_eager")):
+                    continue
+                found.append(_case(name, setting, hard, point.sizes, dtype, device))
     return found
 
 
@@ -147,11 +148,10 @@ def measure(todo: Sequence[Case], options: argparse.Namespace, yardstick: Yardst
         rounds=options.rounds,
         seconds=options.seconds,
     )
-    best = yardstick.peaks(times)
     return [
         rows.skipped(case, failed[case], about)
         if case in failed
-        else rows.measured(case, quantiles(times[case]), extra.get(case), best, about)
+        else rows.measured(case, quantiles(times[case]), extra.get(case), yardstick.peaks(times, case.dtype), about)
         for case in todo
     ]
 
@@ -165,19 +165,12 @@ def about_run(device: str) -> Row:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "synco_fast": __version__,
-            "triton": _version("triton"),
+            "triton": version("triton"),
             "cuda": torch.version.cuda if device == "cuda" else None,
         },
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
@@ -198,7 +191,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     """Measure every point, write its rows as they come, and return all of them."""
     sizes = _sizes(options)
     present = [name for name in options.only if contenders.absent(name, options.device) is None]
-    yardstick = Yardstick(options.device, options.dtype, quick=options.quick)
+    yardstick = Yardstick(options.device, options.dtypes, quick=options.quick)
     about = about_run(options.device)
     output = options.output or default_output(about)
     done: list[Row] = []
@@ -211,13 +204,13 @@ def run(options: argparse.Namespace) -> list[Row]:
             flush=True,
         )
         found = (
-            measure(cases(point, present, options.dtype, options.device), options, yardstick, here) if present else []
+            measure(cases(point, present, options.dtypes, options.device), options, yardstick, here) if present else []
         )
         if number == 1:
             for name in options.only:
                 reason = contenders.absent(name, options.device)
                 if reason is not None:
-                    case = _case(name, "", _NONE, sizes, options.dtype, options.device)
+                    case = _case(name, "", _NONE, sizes, options.dtypes[0], options.device)
                     found.append(rows.skipped(case, reason, here))
         rows.append(output, found)
         done += found
@@ -258,13 +251,28 @@ def _names(text: str) -> list[str]:
     return [name for name in CONTENDERS if name in names]
 
 
+def _dtypes(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in DTYPES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown dtype {unknown[0]!r}: expected some of {', '.join(DTYPES)}")
+    return list(dict.fromkeys(names))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     add = parser.add_argument
     add("--sweep", choices=("default", *SWEEPS, "all"), default="default", help="what is varied (default: nothing)")
     add("--only", type=_names, default=list(CONTENDERS), metavar="NAME,...", help=f"of {', '.join(CONTENDERS)}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--dtype", choices=tuple(DTYPES), help="of the queue; default: float16 on cuda, float32 on cpu")
+    add(
+        "--dtype",
+        dest="dtypes",
+        type=_dtypes,
+        metavar="DTYPE,...",
+        help=f"of the queue, of {', '.join(DTYPES)}; the losses in PyTorch take the first; "
+        "default: float16 on cuda, float32 on cpu",
+    )
     add("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
     add("--batch", type=int, help="B, default 256")
     add("--queue", type=int, help="K, default 65536")
@@ -289,7 +297,7 @@ def _completed(options: argparse.Namespace) -> argparse.Namespace:
     if options.device == "cuda" and not cuda:
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     options.device = options.device or ("cuda" if cuda else "cpu")
-    options.dtype = options.dtype or ("float16" if options.device == "cuda" else "float32")
+    options.dtypes = options.dtypes or ["float16" if options.device == "cuda" else "float32"]
     defaults: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "rounds": 2 if options.quick else 100 if options.device == "cuda" else 30,

@@ -1,7 +1,6 @@
 """Time, and the device's peaks: what it can do at best, against which times are judged."""
 
 import gc
-import platform
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from bench.case import DTYPES
+from synco_fast.machine import cpu_name
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -19,19 +19,10 @@ _MIN_ROUNDS = 3
 
 
 class Peaks(NamedTuple):
-    """Floating-point operations and bytes a second, and where the numbers come from."""
+    """Floating-point operations and bytes a second."""
 
     flops: float
     bandwidth: float
-    source: str
-
-
-# By a part of the device's name. Dense products with float32 sums, and memory, as achieved by large ones; float32 is
-# the data sheet's (no TF32, which PyTorch leaves off).
-_TABLE = {
-    "H200": Peaks(790e12, 4.3e12, "table"),
-}
-_TABLE_FLOAT32 = {"H200": 67e12}
 
 
 class Quantiles(NamedTuple):
@@ -101,42 +92,29 @@ def _once_on_gpu(step: Callable[[], Any]) -> float:
 
 
 class Yardstick:
-    """What the device can do at best: a known GPU's from a table, any other device's measured in the same rounds.
+    """What the device can do at best, measured in the same rounds as all else: no table to go out of date.
 
-    Measured: the fastest of the rounds of a large matrix product, in the queue's dtype and in float32 (float16 on most
-    CPUs is no use), and of a large copy, which reads and writes. What fits a cache moves faster than that.
+    Of the rounds, the fastest of a large copy, which reads and writes, and of a large matrix product, in each dtype of
+    the queue and in float32 (float16 on most CPUs is no use). What fits a cache moves faster than that.
 
     Attributes:
-        steps: to be timed with all the others; empty if the device is in the table.
+        steps: to be timed with all the others.
     """
 
-    def __init__(self, device: str, dtype: str, *, quick: bool = False) -> None:
-        self._known = _known(device, dtype)
-        self.steps: dict[str, Callable[[], Any]] = {}
-        if self._known is not None:
-            return
-        size = 256 if quick else 2048
-        source = torch.zeros(2**24 if quick else 2**28, dtype=torch.uint8, device=device)
+    def __init__(self, device: str, dtypes: Sequence[str], *, quick: bool = False) -> None:
+        # A GPU of today reaches its peak with products of 8192 and not of 2048; its copy takes half a millisecond.
+        size, copied = (256, 2**24) if quick else (8192, 2**30) if device == "cuda" else (2048, 2**28)
+        source = torch.zeros(copied, dtype=torch.uint8, device=device)
         target = torch.ones_like(source)
-        self._flops, self._bytes = 2 * size**3, 2 * source.numel()
-        self.steps["copy"] = lambda: target.copy_(source)
-        for choice in sorted({dtype, "float32"} - ({"float16"} if device == "cpu" else set())):
+        self._flops, self._bytes = 2 * size**3, 2 * copied
+        self.steps: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source)}
+        for choice in sorted({*dtypes, "float32"} - ({"float16"} if device == "cpu" else set())):
             self.steps[f"product {choice}"] = _product(DTYPES[choice], size, device)
 
-    def peaks(self, times: Mapping[Any, Sequence[float]]) -> Peaks:
-        """From the times of `steps` in milliseconds."""
-        if self._known is not None:
-            return self._known
-        best = {name: min(times[name]) / 1e3 for name in self.steps}
-        copy = best.pop("copy")
-        return Peaks(self._flops / min(best.values()), self._bytes / copy, "measured")
-
-
-def _known(device: str, dtype: str) -> Peaks | None:
-    for part, known in _TABLE.items():
-        if device == "cuda" and part in device_name(device):
-            return known._replace(flops=_TABLE_FLOAT32[part]) if dtype == "float32" else known
-    return None
+    def peaks(self, times: Mapping[Any, Sequence[float]], dtype: str) -> Peaks:
+        """For a queue of this dtype, from the times of `steps` in milliseconds: its product or float32's."""
+        products = [min(times[name]) for name in (f"product {dtype}", "product float32") if name in self.steps]
+        return Peaks(1e3 * self._flops / min(products), 1e3 * self._bytes / min(times["copy"]))
 
 
 def _product(dtype: torch.dtype, size: int, device: str) -> Callable[[], Any]:
@@ -146,11 +124,4 @@ def _product(dtype: torch.dtype, size: int, device: str) -> Callable[[], Any]:
 
 def device_name(device: str) -> str:
     """The processor's or the GPU's name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()

@@ -1,6 +1,6 @@
 """Figures of kernel benchmarks, drawn from their rows and nothing else: python -m bench.plots FILE... --output FOLDER.
 
-One figure for each sweep of each device, dtype and number of threads; of several such runs, the last one. The run at
+One figure for each sweep of each device, dtypes and number of threads; of several such runs, the last one. The run at
 one size gives two: bars, and a roofline.
 """
 
@@ -34,6 +34,9 @@ _COLOURS = {
 }
 _DASHES = {"moco": "--", "mochi": ":"}
 _MARKERS = {"moco": "o", "synco": "s", "mochi": "^"}
+# By the place of a row's dtype among those of its run.
+_FILLS = ("full", "none", "left")
+_HATCHES = ("", "////", "....")
 _AXES = {
     "batch": "queries B",
     "queue": "queue rows K",
@@ -96,25 +99,29 @@ def bars(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(10, 1.3 + 0.3 * len(rows)), layout="constrained")
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     positions = range(len(rows))
-    colours = [_COLOURS.get(row["contender"], "#333333") for row in rows]
+    look: Any = {
+        "color": [_COLOURS.get(row["contender"], "#333333") for row in rows],
+        "hatch": [_HATCHES[_place(row, rows)] for row in rows],
+        "edgecolor": "white",
+    }
 
     ratios = [row["median_ms"] / base["median_ms"] for row in rows]
     spread = [
         [ratio - row["p20_ms"] / base["median_ms"] for ratio, row in zip(ratios, rows, strict=True)],
         [row["p80_ms"] / base["median_ms"] - ratio for ratio, row in zip(ratios, rows, strict=True)],
     ]
-    time.barh(positions, ratios, color=colours, xerr=spread, error_kw={"lw": 0.9, "ecolor": "#555555"})
+    time.barh(positions, ratios, xerr=spread, error_kw={"lw": 0.9, "ecolor": "#555555"}, **look)
     ends = [ratio + above for ratio, above in zip(ratios, spread[1], strict=True)]
     for at, (ratio, end, row) in enumerate(zip(ratios, ends, rows, strict=True)):
         _note(time, end, at, f"{ratio:.2f}  ({_number(row['median_ms'])} ms)")
-    time.set(xlim=(0, 1.3 * max(ends)), yticks=positions, yticklabels=[_label(row) for row in rows])
+    time.set(xlim=(0, 1.3 * max(ends)), yticks=positions, yticklabels=[_label(row, rows) for row in rows])
     time.set_title("forward + backward (bar: median; line: p20 to p80)")
     time.invert_yaxis()
 
     extra = [row["peak_extra_bytes"] for row in rows]
     reference = base.get("peak_extra_bytes")
     if reference:
-        memory.barh(positions, [(value or 0) / reference for value in extra], color=colours)
+        memory.barh(positions, [(value or 0) / reference for value in extra], **look)
         for at, value in enumerate(extra):
             if value is not None:
                 _note(memory, value / reference, at, f"{value / reference:.2f}  ({_number(value / 1e6)} MB)")
@@ -142,16 +149,11 @@ def scaling(rows: Sequence[Row]) -> Figure:
     with_memory = any(row["peak_extra_bytes"] for row in rows)
     figure = Figure(figsize=(10.5 if with_memory else 8.5, 4), layout="constrained")
     axes = list(figure.subplots(1, 1 + with_memory, squeeze=False)[0])
-    lines: dict[tuple[str, str], list[Row]] = {}
+    lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault((row["contender"], row["setting"]), []).append(row)
-    for (contender, setting), line in lines.items():
-        style = {
-            "color": _COLOURS.get(contender, "#333333"),
-            "linestyle": _DASHES.get(setting, "-"),
-            "marker": _MARKERS.get(setting, "o"),
-            "label": _label(line[0]),
-        }
+        lines.setdefault(_label(row, rows), []).append(row)
+    for line in lines.values():
+        style = {**_style(line[0], rows), "linestyle": _DASHES.get(line[0]["setting"], "-")}
         line.sort(key=lambda row: row["x"])
         axes[0].plot([row["x"] for row in line], [row["median_ms"] for row in line], **style)
         limits = [[row[name] for row in line] for name in ("p20_ms", "p80_ms")]
@@ -172,20 +174,21 @@ def scaling(rows: Sequence[Row]) -> Figure:
 def kinds(rows: Sequence[Row]) -> Figure:
     """What each kind alone adds to MoCo: to the contender's own, or to plain MoCo's where it has none."""
     base = _plain_moco(rows)
-    moco = {row["contender"]: row["median_ms"] for row in rows if row["setting"] == "moco"}
-    contenders = list(dict.fromkeys(row["contender"] for row in rows if row["setting"] in KINDS))
+    moco = {_who(row, rows): row["median_ms"] for row in rows if row["setting"] == "moco"}
+    contenders = list(dict.fromkeys(_who(row, rows) for row in rows if row["setting"] in KINDS))
     shown = [kind for kind in KINDS if any(row["setting"] == kind for row in rows)]
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     ax = figure.subplots()
     width = 0.82 / max(1, len(contenders))
     for number, contender in enumerate(contenders):
         for at, kind in enumerate(shown):
-            row = next((row for row in rows if (row["contender"], row["setting"]) == (contender, kind)), None)
+            row = next((row for row in rows if (_who(row, rows), row["setting"]) == (contender, kind)), None)
             if row is not None:
                 added = row["median_ms"] - moco.get(contender, base["median_ms"])
                 place = at + (number - (len(contenders) - 1) / 2) * width
+                look: Any = {"color": _COLOURS.get(row["contender"], "#333333"), "hatch": _HATCHES[_place(row, rows)]}
                 label = contender if at == 0 else None
-                ax.bar(place, added, 0.92 * width, color=_COLOURS.get(contender, "#333333"), label=label)
+                ax.bar(place, added, 0.92 * width, edgecolor="white", label=label, **look)
     counts = {row["setting"]: sum(row["counts"]) for row in rows}
     ax.set_xticks(range(len(shown)), [f"{kind}\n{counts[kind]} vectors" for kind in shown])
     ax.axhline(0, color="#777777", lw=0.8)
@@ -196,32 +199,28 @@ def kinds(rows: Sequence[Row]) -> Figure:
 
 
 def roofline(rows: Sequence[Row]) -> Figure:
-    """Operations a second over operations a byte, both as counted for each contender, below the device's roof."""
+    """Operations a second over operations a byte, both as counted for each contender, below the device's roofs: one for
+    each dtype of the queue whose products have a peak of their own."""
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     ax = figure.subplots()
-    peak, bandwidth = rows[0]["peak_flops"], rows[0]["peak_bandwidth"]
+    peaks, bandwidth = {row["peak_flops"]: row["dtype"] for row in rows}, rows[0]["peak_bandwidth"]
     intensities = [row["flops"] / row["bytes"] for row in rows]
     rates = [row["flops"] / row["median_ms"] * 1e3 for row in rows]
-    ridge = peak / bandwidth
-    left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    ax.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#555555", lw=1.2, zorder=1)
-    source = "" if rows[0]["peaks"] == "table" else ", measured"
-    ax.text(right, 1.15 * peak, f"{_number(peak / 1e9)} GFLOP/s{source}", ha="right", va="bottom", fontsize=8)
-    middle = (left * ridge) ** 0.5
-    ax.text(1.15 * middle, 0.95 * middle * bandwidth, f"{_number(bandwidth / 1e9)} GB/s{source}", va="top", fontsize=8)
+    left, right = min(*intensities, min(peaks) / bandwidth) / 2, max(*intensities, max(peaks) / bandwidth) * 2
+    for peak, dtype in peaks.items():
+        ridge = peak / bandwidth
+        ax.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#555555", lw=1.2, zorder=1)
+        text = f"{_number(peak / 1e9)} GFLOP/s, measured" + (f" in {dtype}" if len(peaks) > 1 else "")
+        side, place = ("bottom", 1.15 * peak) if peak == max(peaks) else ("top", peak / 1.15)
+        ax.text(right, place, text, ha="right", va=side, fontsize=8)
+    middle = (left * min(peaks) / bandwidth) ** 0.5
+    text = f"{_number(bandwidth / 1e9)} GB/s, measured"
+    ax.text(1.15 * middle, 0.95 * middle * bandwidth, text, va="top", fontsize=8)
     for row, intensity, rate in zip(rows, intensities, rates, strict=True):
-        ax.scatter(
-            intensity,
-            rate,
-            s=42,
-            color=_COLOURS.get(row["contender"], "#333333"),
-            marker=_MARKERS.get(row["setting"], "D"),
-            edgecolor="white",
-            linewidth=0.6,
-            label=f"{_label(row)}: {row['share_of_floor']:.0%} of its roof",
-            zorder=2,
-        )
-    ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(*rates, left * bandwidth) / 1.5, 2.5 * peak))
+        style = _style(row, rows)
+        style["label"] += f": {row['share_of_floor']:.0%} of its roof"
+        ax.plot(intensity, rate, linestyle="none", markersize=6.5, zorder=2, **style)
+    ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(*rates, left * bandwidth) / 1.5, 2.5 * max(peaks)))
     ax.set(xlabel="operations a byte moved, as counted", ylabel="operations a second")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _titled(figure, rows, ("B", "K", "D", "N", "t"))
@@ -245,17 +244,38 @@ def _plain_moco(rows: Sequence[Row]) -> Row:
     return base
 
 
-def _label(row: Row) -> str:
-    return f"{row['contender']}, {row['setting']}"
+def _who(row: Row, rows: Sequence[Row]) -> str:
+    """A contender's name, with its dtype where the run has several."""
+    return row["contender"] + (f", {row['dtype']}" if len(_dtypes(rows)) > 1 else "")
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    return f"{_who(row, rows)}, {row['setting']}"
+
+
+def _place(row: Row, rows: Sequence[Row]) -> int:
+    """Of a row's dtype among those of its run."""
+    return 0 if row["contender"] in BASELINES else _dtypes(rows).index(row["dtype"])
+
+
+def _style(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    """Of points."""
+    return {
+        "color": _COLOURS.get(row["contender"], "#333333"),
+        "marker": _MARKERS.get(row["setting"], "o"),
+        "fillstyle": _FILLS[_place(row, rows)],
+        "label": _label(row, rows),
+    }
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _run_dtype(rows: Sequence[Row]) -> str:
-    """The dtype that was asked for: the baselines may hold another."""
-    return next((row["dtype"] for row in rows if row["contender"] not in BASELINES), rows[0]["dtype"])
+def _dtypes(rows: Sequence[Row]) -> list[str]:
+    """The dtypes that were asked for: the baselines may hold another."""
+    asked = dict.fromkeys(row["dtype"] for row in rows if row["contender"] not in BASELINES)
+    return list(asked) or [rows[0]["dtype"]]
 
 
 def _threads(rows: Sequence[Row]) -> str:
@@ -264,14 +284,14 @@ def _threads(rows: Sequence[Row]) -> str:
 
 
 def _slug(rows: Sequence[Row]) -> str:
-    text = " ".join((rows[0]["device"], _run_dtype(rows), _threads(rows)))
+    text = " ".join((rows[0]["device"], *_dtypes(rows), _threads(rows)))
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _titled(figure: Figure, rows: Sequence[Row], sizes: Sequence[str]) -> Figure:
     values = {name: max(row[name] for row in rows) for name in sizes}
     fixed = ", ".join(f"{name} {value}" for name, value in values.items())
-    about = ", ".join(filter(None, (rows[0]["device"], _threads(rows), f"queue in {_run_dtype(rows)}")))
+    about = ", ".join(filter(None, (rows[0]["device"], _threads(rows), f"queue in {' and '.join(_dtypes(rows))}")))
     versions = f"torch {rows[0]['versions']['torch']}, {rows[0]['commit']}, {rows[0]['date'][:10]}"
     figure.suptitle(f"{about}; {fixed}; {versions}", x=0.01, ha="left", fontsize=8.5, color="#555555")
     return figure

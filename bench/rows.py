@@ -36,7 +36,6 @@ FIELDS = (
     "share_of_floor",
     "peak_flops",
     "peak_bandwidth",
-    "peaks",
     "device",
     "threads",
     "versions",
@@ -48,7 +47,7 @@ FIELDS = (
 sweep, x: the sweep and the value of what it varies, null where that is no number. setting: the negatives' name; empty
 for a contender that is absent altogether. counts: synthetic negatives in the order of KINDS. dtype: of the queue, as
 this contender holds it. floor_ms: max(flops / peak_flops, bytes / peak_bandwidth). share_of_floor: floor_ms /
-median_ms. peaks: "table" or "measured".
+median_ms. The peaks are those measured in the run with products of this dtype.
 """
 
 
@@ -75,7 +74,6 @@ def measured(case: Case, times: Quantiles, extra: int | None, peaks: Peaks, abou
         "share_of_floor": _rounded(floor / times.median),
         "peak_flops": _rounded(peaks.flops),
         "peak_bandwidth": _rounded(peaks.bandwidth),
-        "peaks": peaks.source,
     }
     return {field: row[field] for field in FIELDS}
 

@@ -1,6 +1,5 @@
 """What can be used on this machine and, for what cannot, why and how to get it."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -13,6 +12,7 @@ import torch
 from synco_fast import __version__
 from synco_fast.data.pipeline import dali
 from synco_fast.errors import UserError
+from synco_fast.machine import cpu_name, version
 from synco_fast.ops import backends
 
 _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -32,10 +32,10 @@ def text() -> str:
         "data": [("DALI", _dali())],
         "backends of the op": list(backends().items()),
         "accelerators": [
-            ("C++ compiler", _compiler(os.environ.get("CXX", "c++"), "the kernels need it; install g++")),
+            ("C++ compiler", _compiler(_cxx(), "the kernels need it; install g++")),
             (
                 "CUDA compiler",
-                _compiler("nvcc", "the CUDA kernel needs it; install the toolkit of torch's CUDA version"),
+                _compiler([_nvcc()], "the CUDA kernel needs it; install the toolkit of torch's CUDA version"),
             ),
             ("NVIDIA apex", _apex()),
         ],
@@ -48,20 +48,13 @@ def text() -> str:
     return "\n".join(lines[:-1])
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _versions() -> list[tuple[str, str]]:
-    return [(package, _version(package) or "not installed") for package in _PACKAGES]
+    return [(package, version(package) or "not installed") for package in _PACKAGES]
 
 
 def _devices() -> list[tuple[str, str]]:
     rows = [
-        ("CPU", f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"),
+        ("CPU", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"),
         ("CPU bf16", _cpu_bf16()),
     ]
     if torch.cuda.is_available():
@@ -77,15 +70,6 @@ def _devices() -> list[tuple[str, str]]:
     return rows
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _cpu_bf16() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -94,7 +78,7 @@ def _cpu_bf16() -> str:
 
 
 def _dali() -> str:
-    installed = [package for package in _DALI if _version(package)]
+    installed = [package for package in _DALI if version(package)]
     if not installed:
         return "not installed: pip install -e '.[cuda12]' (or '.[cuda13]', never both)"
     if len(installed) == 2:
@@ -107,8 +91,20 @@ def _dali() -> str:
     return f"ok: {installed[0]}, {place}"
 
 
-def _compiler(command: str, advice: str) -> str:
-    words = shlex.split(command)
+def _cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def _nvcc() -> str:
+    """Where setup.py and PyTorch look: the toolkit of CUDA_HOME, the path, the usual folder."""
+    home = os.environ.get("CUDA_HOME")
+    if not home and shutil.which("nvcc"):
+        return "nvcc"
+    return os.path.join(home or "/usr/local/cuda", "bin", "nvcc")
+
+
+def _compiler(words: list[str], advice: str) -> str:
+    command = shlex.join(words)
     if shutil.which(words[0]) is None:
         return f"{command} not found: {advice}"
     output = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False).stdout

@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch
+
 from synco_fast.files import write_text_atomically
 from tests import fuzz
 from tests.conftest import REPOSITORY, TINY, environment, write_images
@@ -111,9 +113,16 @@ class Kills:
 RANDOM_CALLS: dict[str, tuple[str, dict[str, str]]] = {
     "cpu backend: random calls": ("tests/ops/test_fused.py::test_random_calls", {}),
     "cuda backend in the emulator: random calls": ("tests/simt/test_infonce.py::test_random_calls", {}),
-    "triton backend in its interpreter: random calls": ("tests/ops/test_triton_random.py", {"TRITON_INTERPRET": "1"}),
 }
 """The tests that draw them by hypothesis, and with which environment."""
+if torch.cuda.is_available():
+    RANDOM_CALLS["cuda backend: random calls"] = ("tests/ops/test_cuda.py::test_random_calls", {})
+    RANDOM_CALLS["triton backend: random calls"] = ("tests/ops/test_triton_random.py", {})
+else:
+    RANDOM_CALLS["triton backend in its interpreter: random calls"] = (
+        "tests/ops/test_triton_random.py",
+        {"TRITON_INTERPRET": "1"},
+    )
 
 
 def random_calls(name: str, count: int, at_once: int = 100) -> None:

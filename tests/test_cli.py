@@ -71,6 +71,25 @@ def test_doctor_tells_the_two_apexes_apart(
     assert said in done.out
 
 
+def test_doctor_finds_compilers_where_the_build_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = tmp_path / "a toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'nvcc: NVIDIA'\necho 'Cuda compilation tools, release 98.7'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parent.parent))
+    monkeypatch.setenv("CXX", "")
+    done = call("doctor")
+    assert done.code == 0, done.err
+    assert "Cuda compilation tools, release 98.7" in done.out
+    assert re.search(r"C\+\+ compiler +\S*c\+\+", done.out)
+    monkeypatch.setenv("CUDA_HOME", "none")
+    monkeypatch.setenv("CXX", "no-c++ -m64")
+    done = call("doctor")
+    assert done.code == 0, done.err
+    assert "none/bin/nvcc not found: the CUDA kernel needs it" in done.out
+    assert "no-c++ -m64 not found: the kernels need it" in done.out
+
+
 def test_data_stats(images: Path) -> None:
     done = call("data", "stats", images)
     assert done.code == 0, done.err

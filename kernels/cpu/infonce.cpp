@@ -45,17 +45,18 @@ SYNCO_CLONES Weighed weigh(float* similarity, int count, float positive, float l
   return {weight, rank};
 }
 
-// Whether bfloat16 products with float32 sums (AMX, or AVX-512's) are there and the processor has them.
+// Whether oneDNN's bfloat16 products with float32 sums are there (AMX, or AVX-512's), and not switched off.
 bool has_bfloat16_products() {
 #if defined(__x86_64__)
+  if (!at::globalContext().userEnabledMkldnn()) return false;
   static const bool found = [] {
     if (!__builtin_cpu_supports("avx512bf16")) return false;
-    const at::BFloat16 one[32] = {};
-    float zero[1];
+    const at::BFloat16 operand[32] = {};
+    float product[1];
     try {
-      at::native::cpublas::brgemm(1, 1, 32, 32, 1, 1, false, one, one, zero);
+      at::native::cpublas::brgemm(1, 1, 32, 32, 1, 1, false, operand, operand, product);
       at::native::cpublas::brgemm_release();
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) {
       return false;
     }
     return true;
@@ -109,10 +110,10 @@ struct Partials {
   std::vector<float> positive;       // (B)
 
   explicit Partials(const Plan& p)
-      : pull(at::empty({p.splits, p.batch, p.dim})),
+      : pull(at::empty({p.splits, p.batch, p.dim}, at::kFloat)),
         weight(p.splits * p.batch),
         rank(p.splits * p.batch),
-        similarity(at::empty({p.splits * p.batch * p.n_hard})),
+        similarity(at::empty({p.splits * p.batch * p.n_hard}, at::kFloat)),
         row(at::empty({p.splits * p.batch * p.n_hard}, at::kInt)),
         size(p.splits * p.batch),
         bound(p.batch),
@@ -133,10 +134,10 @@ struct PassScratch {
   std::vector<int32_t> candidate_row;
 
   explicit PassScratch(const Plan& p)
-      : similarity(at::empty({kTileRows * kTileColumns})),
+      : similarity(at::empty({kTileRows * kTileColumns}, at::kFloat)),
         candidate_similarity(kTileRows * p.capacity),
         candidate_row(kTileRows * p.capacity) {
-    if (p.queue.scalar_type() != at::kFloat) converted = at::empty({kTileColumns, p.dim});
+    if (p.queue.scalar_type() != at::kFloat) converted = at::empty({kTileColumns, p.dim}, at::kFloat);
     if (p.q_bfloat16.defined()) packed = at::empty({kTileColumns * p.dim}, at::kBFloat16);
   }
 };
@@ -160,6 +161,7 @@ void multiply_bfloat16(const Plan& p, int64_t first, int64_t rows, const at::Ten
   at::native::cpublas::brgemm(rows, columns, p.dim, p.dim, columns, columns, false,
                               p.q_bfloat16.const_data_ptr<at::BFloat16>() + first * p.dim, packed,
                               scratch.similarity.mutable_data_ptr<float>());
+  at::native::cpublas::brgemm_release();  // AMX's tiles: the float32 product that follows may want them its own way
 }
 
 // Scan, with the best bound that any split has found so far. Which that is depends on the order in which threads run;
@@ -167,7 +169,9 @@ void multiply_bfloat16(const Plan& p, int64_t first, int64_t rows, const at::Ten
 // below it can, but a lower row may still tie with it.
 void select(Candidates& candidates, std::atomic<float>& bound, const float* similarity, int first_row, int count) {
   const float before = bound.load(std::memory_order_relaxed);
-  const float just_below = std::nextafter(before, -std::numeric_limits<float>::infinity());
+  float just_below = std::nextafter(before, -std::numeric_limits<float>::infinity());
+  // A denormal counts as 0 on a thread that flushes them.
+  if (just_below < 0 && just_below > -std::numeric_limits<float>::min()) just_below = -std::numeric_limits<float>::min();
   candidates.threshold = std::max(candidates.threshold, just_below);
   scan(candidates, similarity, first_row, count);
   if (candidates.threshold > before) bound.store(candidates.threshold, std::memory_order_relaxed);
@@ -204,8 +208,6 @@ void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, 
     if (start == begin) at::mm_out(pull, similarity, tile);
     else pull.addmm_(similarity, tile);
   }
-
-  if (scratch.packed.defined()) at::native::cpublas::brgemm_release();
 
   for (int64_t r = 0; r < (p.n_hard ? rows : 0); ++r) {
     shrink(candidates[r], p.n_hard);
@@ -279,8 +281,8 @@ RowResult finish(const Plan& p, const Settings& settings, int64_t b, uint32_t ro
   return finish_row(settings, query, scratch.row, gradient + b * dim);
 }
 
-// Tasks 0 .. count - 1, each by whichever thread is free. Always inside a parallel region of at least two tasks, so
-// that matrix products within are single-threaded whatever the number of threads.
+// Tasks 0 .. count - 1, each by whichever thread is free. Matrix products within are single-threaded whatever the number
+// of threads: in a parallel region of several, or with one thread in all.
 template <class Scratch, class Task>
 void for_each_task(const Plan& plan, int64_t count, const Task& task) {
   std::atomic<int64_t> next{0};
@@ -330,7 +332,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> infonce(
 
   const Settings settings{hard, plan.queue.const_data_ptr(), row_type(plan.queue), static_cast<int>(plan.dim),
                           static_cast<int>(plan.batch), temperature, seed, step};
-  at::Tensor gradient = at::empty({plan.batch, plan.dim});
+  at::Tensor gradient = at::empty({plan.batch, plan.dim}, at::kFloat);
   std::vector<RowResult> rows(plan.batch);
   for_each_task<FinishScratch>(plan, plan.batch, [&](int64_t b, FinishScratch& scratch) {
     rows[b] = finish(plan, settings, b, row_offset, scratch, partials, gradient.mutable_data_ptr<float>());

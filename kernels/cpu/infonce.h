@@ -9,7 +9,7 @@
 
 namespace synco::cpu {
 
-// q, k: (B, D) float32, float16 or bfloat16. queue: (K, D) float32, float16 or bfloat16. temperature >= 0.02.
+// q, k: (B, D), any float. queue: (K, D) float32, float16 or bfloat16. temperature >= 0.02.
 // Returns loss (), gradient with respect to q (B, D), rank (B), rank_all (B), statistics in the order of
 // synco_fast.ops.result.stat_names.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> infonce(

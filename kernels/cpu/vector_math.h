@@ -51,7 +51,8 @@ SYNCO_INLINE float dot_inline(const float* a, const float* b, int dim) {
   return sum;
 }
 
-// 2^(x * scale), |x * scale| < 126, to 2 units in the last place. The product is not rounded before it is split into
+// 2^(x * scale) to 2 units in the last place; infinite from 2^127 on and 0 below 2^-126, which only rows that are far from
+// unit length reach. The product is not rounded before it is split into
 // whole and fraction (with FMA), which keeps large exponents as exact as small ones.
 SYNCO_INLINE float exp2_of_product(float x, float scale) {
   const float magic = 0x1.8p23f;  // adding it leaves the nearest whole number in the low bits
@@ -64,7 +65,8 @@ SYNCO_INLINE float exp2_of_product(float x, float scale) {
   p = p * fraction + 2.402264791363012e-1f;
   p = p * fraction + 6.931472028550421e-1f;
   p = p * fraction + 1.0f;
-  return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  const float power = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  return shifted >= magic + 127.0f ? HUGE_VALF : shifted < magic - 125.0f ? 0.0f : power;
 }
 
 // Natural logarithm of a positive normal number.

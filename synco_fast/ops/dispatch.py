@@ -67,14 +67,18 @@ def _objection(name: str, queue: Tensor, hard: HardNegatives, temperature: float
 
 
 def _automatic(queue: Tensor, hard: HardNegatives, temperature: float, labels: Tensor | None) -> str:
+    passed_over = ""
     for name in _FASTEST.get(queue.device.type, ("eager",)):
-        if _state(name) == "ok" and _objection(name, queue, hard, temperature, labels) is None:
+        state = _state(name)
+        objection = state if state != "ok" else _objection(name, queue, hard, temperature, labels)
+        if objection is None:
             if not torch.compiler.is_compiling():
-                _log_once(queue.device.type, name)
+                _log_once(queue.device.type, name, passed_over)
             return name
+        passed_over += f"; not {name}: {objection}"
     raise AssertionError("eager takes every call")
 
 
 @functools.cache
-def _log_once(device_type: str, name: str) -> None:
-    logger.info("backend auto on %s: %s", device_type, name)
+def _log_once(device_type: str, name: str, passed_over: str) -> None:
+    logger.info("backend auto on %s: %s%s", device_type, name, passed_over)

@@ -47,7 +47,7 @@ def draw(
     first, second, third, _ = philox(seed, rows[:, None], samples, number, step)
     parents = [integers(first, n_hard)] + ([integers(second, n_hard)] if kind == "mixed" else [])
 
-    low, high = _range(kind, hard)
+    low, high = coefficient_range(kind, hard)
     coefficients = low + (high - low) * uniform(third, like.dtype)
 
     noise = None
@@ -59,7 +59,7 @@ def draw(
     return Draws(torch.stack(parents, dim=-1), coefficients, noise)
 
 
-def _range(kind: str, hard: HardNegatives) -> tuple[float, float]:
+def coefficient_range(kind: str, hard: HardNegatives) -> tuple[float, float]:
     """The interval the coefficient is uniform on; a single point for the kinds with a constant one."""
     return {
         "interpolated": (0.0, hard.alpha_max),

@@ -70,7 +70,7 @@ def infonce(
     pull = weight_positive * k
     for form, w in zip(forms, synthetic_weights, strict=True):
         pull = pull + _spread(form, w * form.scale, weights, q)
-    grad = ((pull + weights @ negatives) / total[:, None] - k) / (len(q) * temperature)
+    grad = (((pull + weights @ negatives) / total[:, None] - k) / (len(q) * temperature)).contiguous()  # whatever k is
 
     rank = (similarity >= positive).sum(dim=1)
     rank_all = rank + sum((form.similarity >= positive).sum(dim=1) for form in forms)

@@ -1,7 +1,8 @@
 """The `reference` backend: every vector and every logit materialised, gradient by autograd. The oracle.
 
-It is the definition written out, in any float dtype and on any device, and shares with the other backends only the
-draws. Use it in float64 to check them; not to train.
+It is the definition written out, in any float dtype and on any device. What it shares with `eager` is what decides
+which function is computed, and not how: the draws, each kind's coefficients (`terms`), the rounding of q (`round_to`)
+and the order of the statistics (`pack_stats`). Use it in float64 to check the others; not to train.
 """
 
 import torch

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from synco_fast.ops.draws import _range
+from synco_fast.ops.draws import coefficient_range
 from synco_fast.ops.hard import KINDS, HardNegatives, terms
 from synco_fast.ops.numbers import MIN_NORM, MIN_TEMPERATURE
 from synco_fast.ops.result import stat_names
@@ -82,19 +82,7 @@ def infonce(
     step: Tensor,
     row_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, its gradient with respect to q (float32), rank, rank_all and statistics. Arguments as in the op.
-
-    Raises:
-        RuntimeError: the backend cannot be used here.
-        TypeError, ValueError: a dtype, device, shape or number that the kernels are not made for.
-    """
-    state = status()
-    if state != "ok":
-        raise RuntimeError(f"backend triton cannot be used: {state}")
-    refused = objection(queue, hard, temperature)
-    if refused:
-        error = ValueError if queue.dtype in _TERMS else TypeError
-        raise error(f"backend triton does not take this call: {refused}; use eager")
+    """Loss, its gradient with respect to q (float32), rank, rank_all and statistics. Arguments as in the op."""
     # Rounded once. Rows may lie apart, but the elements of a row may not.
     q, k, queue = (_with_dense_rows(tensor.detach()) for tensor in (q.to(queue.dtype), k, queue))
     grad = torch.empty(q.shape, dtype=torch.float32, device=q.device)
@@ -259,7 +247,7 @@ def _tables(hard: HardNegatives, samples: int, device: torch.device) -> tuple[Te
     """
     drawn, built = [], []
     for place, kind in enumerate(hard.kinds):
-        low, high = _range(kind, hard)
+        low, high = coefficient_range(kind, hard)
         # The coefficients are affine: taken at 0 and at 1. A kind with one parent has nothing on the second.
         at_0, at_1 = ((t.query, *t.parents, 0.0)[:3] for t in (terms(kind, 0.0, hard), terms(kind, 1.0, hard)))
         affine = [x for a, b in zip(at_0, at_1, strict=True) for x in (a, b - a)]

@@ -149,24 +149,6 @@ def case(contender: str, hard: HardNegatives, dtype: str = "float16", **sizes: i
     return Case(contender, "", sizes.get("batch", 256), sizes.get("queue", 65536), 128, hard, 0.2, dtype, "cpu")
 
 
-def test_counts_at_the_published_sizes_are_those_of_the_design() -> None:
-    plain, synco = case("cuda", HardNegatives.none()), case("cuda", HardNegatives.synco())
-    assert contenders.op_flops(plain) == 4 * 256 * 65536 * 128 == 8_589_934_592
-    small = 3 * 256 * 128 * 4
-    assert contenders.fused_bytes(plain) - small == 2**24
-    # 64 MiB hold 512 rows of similarities: one pass for 256 queries, two for 513. All of the queue is in a hard set.
-    assert contenders.fused_bytes(synco) - small == 2**24 + 2 * 2**25 + 2**24
-    larger = contenders.fused_bytes(replace(synco, batch=513)) - 3 * 513 * 128 * 4
-    assert larger == 2 * 2**24 + 2 * 513 * 65536 * 2 + 2**24
-
-
-def test_every_published_byte_count_falls_with_what_is_left_out() -> None:
-    hard = HardNegatives.synco()
-    counts = [contenders.CONTENDERS[name].bytes(case(name, hard)) for name in contenders.BASELINES]
-    of_moco, of_published, of_vectorised, of_compiled = counts
-    assert of_published > of_vectorised > max(of_moco, of_compiled)
-
-
 def test_a_case_survives_its_trip_to_a_child_process() -> None:
     there = case("published", replace(HardNegatives.synco(), extrapolate_from="negative"))
     assert Case.from_json(there.to_json()) == there
@@ -338,6 +320,36 @@ def test_bfloat16_is_everyones(tmp_path: Path) -> None:
     assert not any("skipped" in row for row in found)
 
 
+def test_one_run_holds_several_dtypes(tmp_path: Path) -> None:
+    found = quick(tmp_path, "--dtype", "bfloat16,float32", "--only", "moco_eager,published,eager")
+    cases = [(row["contender"], row["setting"], row["dtype"]) for row in found]
+    assert cases == [
+        ("moco_eager", "moco", "bfloat16"),
+        ("published", "synco", "bfloat16"),
+        *(("eager", setting, dtype) for dtype in ("bfloat16", "float32") for setting in ("moco", "synco", "mochi")),
+    ]
+    assert len({row["date"] for row in found}) == 1
+    figure = plots.bars(found)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [f"{contender}, {dtype}, {setting}" for contender, setting, dtype in cases]
+    fills = {line.get_label(): line.get_fillstyle() for line in plots.roofline(found).axes[0].lines}
+    assert fills[f"eager, float32, moco: {found[5]['share_of_floor']:.0%} of its roof"] == "none"
+    assert fills[f"eager, bfloat16, moco: {found[2]['share_of_floor']:.0%} of its roof"] == "full"
+    names = [path.name for path in plots.draw(found, tmp_path / "plots")]
+    assert all("bfloat16-float32" in name for name in names) and len(names) == 2
+
+
+def test_a_row_is_judged_by_its_own_dtypes_product() -> None:
+    yardstick = measure.Yardstick("cpu", ["float32", "float16", "bfloat16"], quick=True)
+    assert set(yardstick.steps) == {"copy", "product float32", "product bfloat16"}
+    times = {"copy": [2.0, 1.0], "product float32": [3.0, 2.0], "product bfloat16": [1.0, 4.0]}
+    product, copied = 2 * 256**3, 2 * 2**24
+    assert yardstick.peaks(times, "bfloat16") == pytest.approx((product * 1e3, copied * 1e3))
+    # Nobody multiplies float16 on a CPU: float32's product is the best there is.
+    assert yardstick.peaks(times, "float16") == yardstick.peaks(times, "float32")
+    assert yardstick.peaks(times, "float32") == pytest.approx((product * 1e3 / 2, copied * 1e3))
+
+
 def test_what_fails_at_one_point_is_a_row_that_says_so(tmp_path: Path) -> None:
     found = quick(tmp_path, "--sweep", "queue", "--n-hard", "300", "--only", "moco_eager,eager")
     failed = [row for row in found if "skipped" in row]
@@ -366,7 +378,10 @@ def test_bad_arguments_are_named(
     assert (code, capsys.readouterr().err) == (1, f"error: {message}\n")
 
 
-@pytest.mark.parametrize("arguments", (["--only", "moco_eager,type4"], ["--counts", "1,2"], ["--sweep", "moon"]))
+@pytest.mark.parametrize(
+    "arguments",
+    (["--only", "moco_eager,type4"], ["--dtype", "float32,float8"], ["--counts", "1,2"], ["--sweep", "moon"]),
+)
 def test_unknown_choices_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         kernels.main(arguments)

@@ -11,7 +11,7 @@ from synco_fast.ops import KINDS, HardNegatives
 from tests.ops.cases import grid_rows, near
 
 FULL = "SYNCO_FAST_CASES" in os.environ
-"""`make stress` sets it to its number of cases, and then sizes are not reduced either."""
+"""`make stress` sets it to its number of cases; sizes are not reduced then, and each run draws others by its seed."""
 
 
 def cases(reduced: int) -> int:

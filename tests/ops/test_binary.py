@@ -42,12 +42,13 @@ def test_no_kernel_spills_on_any_architecture() -> None:
 
 
 def test_products_are_on_the_tensor_cores() -> None:
-    code = cuobjdump("-sass")
-    functions = re.split(r"arch = (sm_\d+)", code)[1:]
-    assert functions
+    found = set()
+    functions = re.split(r"arch = (sm_\d+)", cuobjdump("-sass"))[1:]
     for architecture, body in zip(functions[::2], functions[1::2], strict=True):
         kernels = re.split(r"Function : \S*infonce_kernelILi(\d+)E", body)[1:]
         for dim, instructions in zip(kernels[::2], kernels[1::2], strict=True):
+            found.add((architecture, dim))
             # A tile takes columns / 8 x dim / 16 products of S, and as many of O: 64 columns, for 256 coordinates 16.
             expected = 2 * (2 if dim == "256" else 8) * int(dim) // 16
             assert len(re.findall(r"\bHMMA\.16816\.F32", instructions)) == expected, (architecture, dim)
+    assert found and found == {(architecture, dim) for architecture, _ in found for dim in DIMS}

@@ -199,8 +199,11 @@ def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="synco_fast"):
         for _ in range(3):
             infonce(**arguments())
-    (record,) = caplog.records
-    assert record.getMessage() == "backend auto on cpu: cpu"
+            infonce(**arguments() | {"queue": arguments()["queue"].double()})
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend auto on cpu: cpu",
+        "backend auto on cpu: eager; not cpu: queue must be float16, bfloat16 or float32, got torch.float64",
+    ]
 
 
 def test_auto_takes_what_the_fastest_backend_does_not() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from synco_fast.ops import KINDS, HardNegatives, triton_infonce
-from synco_fast.ops.draws import _range
+from synco_fast.ops.draws import coefficient_range
 from tests.ops.cases import everything, exact_rows, tied_rows, with_n_hard
 from tests.ops.recorded import DRAWN, PLACES, assert_same_draws
 from tests.ops.triton_runs import DEVICE, here, run
@@ -20,7 +20,7 @@ def draws(hard: HardNegatives, rows: int, *, seed: int, step: int, row_offset: i
     kinds = []
     for kind in hard.kinds:
         samples = 1 << (hard.count(kind) - 1).bit_length()
-        low, high = _range(kind, hard)
+        low, high = coefficient_range(kind, hard)
         out = [torch.empty(rows, samples, dtype=d, device=DEVICE) for d in (torch.int32, torch.int32, torch.float32)]
         store_draws[(rows,)](
             *out,

@@ -12,7 +12,7 @@ SIZES = {"room": 2**25} if FULL else {"room": 2**21, "queue_rows": 2000}
 
 
 # A failure is not made smaller: that would take minutes.
-@settings(max_examples=cases(30), deadline=None, phases=(Phase.reuse, Phase.generate))
+@settings(max_examples=cases(30), deadline=None, derandomize=not FULL, phases=(Phase.reuse, Phase.generate))
 @given(case=calls(synthetic=80, **SIZES))
 def test_random_calls(case: Case) -> None:
     check(*case.operands(), **case.arguments, ties=1)
