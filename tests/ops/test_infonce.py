@@ -387,12 +387,6 @@ def test_class_oracle_equals_taking_the_rows_out(backend: str) -> None:
             close(out.stats[name], value, 1e-6)
 
 
-def test_auto_is_the_eager_backend_here() -> None:
-    q, k, queue = batch(seed=20)
-    auto, eager = (infonce(q, k, queue, hard=everything(), backend=backend) for backend in ("auto", "eager"))
-    assert torch.equal(auto.loss, eager.loss)
-
-
 @both
 def test_inputs_are_left_alone(backend: str) -> None:
     inputs = batch(seed=21)
