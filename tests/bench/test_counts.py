@@ -100,13 +100,13 @@ def test_the_kernels_counts_at_the_published_sizes() -> None:
     assert counted("triton", NONE) == (3 * products, 4 * queue)  # a weight is two float16, or three bfloat16
     assert counted("triton", NONE, "bfloat16") == (4 * products, 4 * queue)
     assert counted("triton", NONE, "float32") == (2 * products, 16 * 2 * queue)
-    assert counted("cpu", NONE) == (2 * products, 2 * queue + 4 * 256 * 2 * 4 * 128)  # and four splits
+    assert counted("cpu", NONE) == (2 * products, 2 * queue + 8 * 256 * 2 * 4 * 128)  # and eight splits
 
     # 33.5 MB of float16 similarities each way; nearly all of the queue is somebody's parent.
     assert counted("cuda", SYNCO)[1] == 2 * queue + 2 * 33_554_432 + queue
     # 67 MB in float32; K / 8 maxima, and the members of as many groups.
     assert counted("triton", SYNCO)[1] == 4 * queue + 4 * 256 * (65536 + 3 * 8192) + queue
-    assert counted("cpu", SYNCO)[1] == 2 * queue + 4 * 256 * 2 * (4 * 128 + 8 * 1024) + queue
+    assert counted("cpu", SYNCO)[1] == 2 * queue + 8 * 256 * 2 * (4 * 128 + 8 * 1024) + queue
     # 64 MiB hold the similarities of 32 queries (16 in float32) with a queue of 2^20: the tiles are as short.
     assert counted("cuda", SYNCO, queue=2**20)[1] - counted("cuda", NONE, queue=2**20)[1] > (8 - 2) * 16 * queue
     assert counted("triton", SYNCO, queue=2**20)[1] - counted("triton", NONE, queue=2**20)[1] > (16 - 4) * 16 * queue
