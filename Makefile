@@ -35,7 +35,7 @@ stress: $(VENV)/installed  ## run the long reliability counts; an interrupted ru
 	$(BIN)/python -m tests.stress
 
 clean:  ## remove build products, compiled kernels too, and caches; .venv and runs/ stay
-	rm -rf build dist *.egg-info synco_fast/_kernels*.so $(VENV)/installed .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info synco_fast/_*.so $(VENV)/installed .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o -name __pycache__ -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv
@@ -55,7 +55,8 @@ KERNELS := $(wildcard kernels/*.cpp kernels/*/*.cpp kernels/*/*.h kernels/*/*/*.
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI) $(KERNELS)
 	@echo "Installing the pinned dependencies (several GB and some minutes the first time, silent until done)"
-	$(PIP_INSTALL) pip setuptools wheel torch  # torch before the package: its kernels are compiled against it
+	@# torch and DALI before the package, whose libraries are compiled against them
+	$(PIP_INSTALL) pip setuptools wheel torch nvidia-dali-$(DALI)0
 	$(PIP_INSTALL) --no-build-isolation -e '.[$(DALI),dev]'
-	@$(BIN)/synco-fast doctor | sed -n '/^backends/,/^$$/p'  # pip does not show which kernels were built
+	@$(BIN)/synco-fast doctor | sed -n '/^backends/,/^$$/p; /^augmentation/,/^$$/p'  # pip does not show what was built
 	@touch $@

@@ -1,8 +1,9 @@
 """What setuptools builds; everything that can be said statically is in pyproject.toml.
 
-The compiled kernels are one library, synco_fast/_kernels*.so, built against the torch that is installed: install with
-`--no-build-isolation`. With nvcc of torch's CUDA version it holds the CUDA kernel too, on a machine with or without a
-GPU. What cannot be built is said and left out; `synco-fast doctor` says it again.
+Two libraries are compiled: the kernels of the op, synco_fast/_kernels*.so, against the torch that is installed, and the
+augmentation, synco_fast/_augment*.so, against the DALI that is installed: install with `--no-build-isolation`. With nvcc
+of torch's CUDA version they hold CUDA kernels too, on a machine with or without a GPU. What cannot be built is said and
+left out; `synco-fast doctor` says it again.
 """
 
 import glob
@@ -11,9 +12,10 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # Without TORCH_CUDA_ARCH_LIST, whatever GPU is at hand: the library may be used on another.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -84,7 +86,8 @@ def compiled_kernels() -> dict[str, Any]:
 
     # As torch itself is compiled: libm calls that set errno, and comparisons that might trap, are not vectorised.
     flags = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
-    settings: dict[str, Any] = {
+    nvcc_flags = ["-O3", "--threads", os.environ.get("MAX_JOBS", "0")]
+    kernels: dict[str, Any] = {
         "sources": ["kernels/bindings.cpp", *sorted(glob.glob("kernels/cpu/*.cpp"))],
         "include_dirs": [os.path.abspath(folder) for folder in ("kernels", "kernels/include", "kernels/cuda")],
         "depends": sorted(glob.glob("kernels/**/*.h", recursive=True)),
@@ -93,19 +96,61 @@ def compiled_kernels() -> dict[str, Any]:
     obstacle = why_not_cuda()
     if obstacle:
         say(f"building the CPU kernels only: {obstacle}")
-        extension = CppExtension("synco_fast._kernels", **settings, extra_compile_args=flags)
+        extensions = [CppExtension("synco_fast._kernels", **kernels, extra_compile_args=flags)]
     else:
         wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures(os.path.join(CUDA_HOME, "bin", "nvcc"))
         os.environ["TORCH_CUDA_ARCH_LIST"] = wanted
         say(f"building the CPU and CUDA kernels for {wanted}")
-        settings["sources"].append("kernels/cuda/infonce.cu")
-        extension = CUDAExtension(
-            "synco_fast._kernels",
-            **settings,
-            define_macros=[("SYNCO_WITH_CUDA", None)],
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--threads", os.environ.get("MAX_JOBS", "0")]},
+        kernels["sources"].append("kernels/cuda/infonce.cu")
+        extensions = [
+            CUDAExtension(
+                "synco_fast._kernels",
+                **kernels,
+                define_macros=[("SYNCO_WITH_CUDA", None)],
+                extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
+            )
+        ]
+    extensions += augmentation(flags)
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildKernels.with_options(use_ninja=False)}}
+
+
+def augmentation(flags: list[str]) -> list[Extension]:
+    """The augmentation operator as a list of one extension, or of none when it cannot be built here."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    try:
+        import nvidia.dali
+        import nvidia.dali.sysconfig as dali
+    except ImportError:
+        say("DALI is not installed here, so the augmentation is left out (install DALI first)")
+        return []
+    headers = [folder for folder in cuda_headers(CUDA_HOME) if os.path.exists(os.path.join(folder, "cuda_runtime.h"))]
+    if not headers:
+        say(
+            "there are no CUDA headers, which DALI's include, so the augmentation is left out (install the CUDA toolkit)"
         )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels.with_options(use_ninja=False)}}
+        return []
+    # No FMAs, which round once where Pillow rounds twice. DALI's headers are not ours to warn about.
+    ours = ["-std=c++17", "-ffp-contract=off", "-Wno-free-nonheap-object"]
+    ours += [flag.replace("-I", "-isystem", 1) for flag in dali.get_compile_flags()]
+    ours.append(f'-DSYNCO_DALI_VERSION="{nvidia.dali.__version__}"')
+    return [
+        Extension(
+            "synco_fast._augment",
+            sources=sorted(glob.glob("kernels/augment/*.cpp")),
+            include_dirs=[os.path.abspath("kernels/include"), headers[0]],
+            depends=sorted(glob.glob("kernels/**/*.h", recursive=True)),
+            extra_compile_args={"cxx": [*flags, *ours]},
+            extra_link_args=[*dali.get_link_flags(), "-ldali_core"],
+        )
+    ]
+
+
+def cuda_headers(cuda_home: str | None) -> list[str]:
+    """Folders where CUDA's headers may be: the toolkit's, and those that come with torch."""
+    packages = os.path.join(sysconfig.get_path("purelib"), "nvidia")
+    homes = [*([cuda_home] if cuda_home else []), *glob.glob(f"{packages}/cu1?"), f"{packages}/cuda_runtime"]
+    return [os.path.join(home, "include") for home in homes]
 
 
 setup(

@@ -47,6 +47,9 @@ class Data(Section):
     image_size: Pixels = Field(224, description="side of a view in pixels")
     eval_resize: Pixels = Field(256, description="shorter side before the evaluation's centre crop")
     dtype: Literal["fp32", "fp16"] = Field("fp32", description="dtype in which the pipeline hands over images")
+    augmentation: Literal["auto", "compiled", "plain"] = Field(
+        "auto", description="operator that makes the views; same bits; auto: compiled, or plain torch where it is not"
+    )
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="CPU threads of the pipeline of each process")
     prefetch: Annotated[int, Field(ge=1, le=1024)] = Field(2, description="batches prepared ahead")
 

@@ -10,6 +10,7 @@ import subprocess
 import torch
 
 from synco_fast import __version__
+from synco_fast.data import operator
 from synco_fast.data.pipeline import dali
 from synco_fast.errors import UserError
 from synco_fast.machine import cpu_name, version
@@ -31,6 +32,7 @@ def text() -> str:
         "devices": _devices(),
         "data": [("DALI", _dali())],
         "backends of the op": list(backends().items()),
+        "augmentation": _augmentation(),
         "accelerators": [
             ("C++ compiler", _compiler(_cxx(), "the kernels need it; install g++")),
             (
@@ -68,6 +70,15 @@ def _devices() -> list[tuple[str, str]]:
             ("GPU", f"none: PyTorch (CUDA {torch.version.cuda}) finds no device; check the driver with nvidia-smi")
         )
     return rows
+
+
+def _augmentation() -> list[tuple[str, str]]:
+    try:
+        dali()
+    except UserError:
+        return [("compiled", "DALI is missing")]
+    devices = {"cpu": torch.device("cpu")} | ({"cuda": torch.device("cuda")} if torch.cuda.is_available() else {})
+    return [(f"compiled, {name}", operator.status(device)) for name, device in devices.items()] + [("plain", "ok")]
 
 
 def _cpu_bf16() -> str:

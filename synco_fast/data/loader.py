@@ -15,20 +15,14 @@ import torch
 from torch import Tensor
 
 from synco_fast.data.index import Index
+from synco_fast.data.numbers import evaluation_numbers, view_numbers
+from synco_fast.data.operator import Augmentation
 from synco_fast.data.order import Position, batch_positions, batch_samples, epoch_order, steps_per_epoch
-from synco_fast.data.pipeline import (
-    Arrays,
-    evaluation_inputs,
-    evaluation_pipeline,
-    train_pipeline,
-    view_inputs,
-)
+from synco_fast.data.pipeline import VIEWS, Arrays, evaluation_pipeline, train_pipeline
 from synco_fast.data.recipes import Recipe
 from synco_fast.data.stream import Request, Stream
 from synco_fast.data.views import view_parameters
 from synco_fast.errors import UserError
-
-VIEWS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +46,7 @@ class TrainLoader:
         recipe: Recipe,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        augmentation: Augmentation = "auto",
         device: torch.device,
         threads: int,
         prefetch: int,
@@ -69,6 +64,7 @@ class TrainLoader:
             recipe: distribution of the views.
             seed: of order and views.
             dtype: torch.float32 or torch.float16.
+            augmentation: implementation of the views: compiled, plain, or auto: compiled where it can be used.
             device: where decoding and the batches are.
             threads: DALI's CPU threads, and as many that read files.
             prefetch: batches made ahead.
@@ -82,6 +78,7 @@ class TrainLoader:
         local = len(batch_positions(batch_size, 0, rank, world_size))
         self._index = index
         self._batch_size = batch_size
+        self._image_size = image_size
         self._recipe = recipe
         self._seed = seed
         self._rank = rank
@@ -95,6 +92,7 @@ class TrainLoader:
             image_size=image_size,
             recipe=recipe,
             dtype=dtype,
+            augmentation=augmentation,
             device=device,
             threads=threads,
             prefetch=prefetch,
@@ -147,7 +145,7 @@ class TrainLoader:
 
     def _inputs(self, epoch: int, positions: Tensor, sizes: Tensor) -> Arrays:
         views = (view_parameters(sizes, self._recipe, self._seed, epoch, positions, view) for view in range(VIEWS))
-        return [array for parameters in views for array in view_inputs(parameters)]
+        return [view_numbers(parameters, self._recipe, self._image_size).numpy() for parameters in views]
 
 
 class EvalLoader:
@@ -164,6 +162,7 @@ class EvalLoader:
         image_size: int,
         resize: int,
         dtype: torch.dtype,
+        augmentation: Augmentation = "auto",
         device: torch.device,
         threads: int,
         prefetch: int,
@@ -177,7 +176,7 @@ class EvalLoader:
             batch_size: rows per batch of this rank; the last batch may be shorter.
             image_size: height and width of the crop, pixels.
             resize: length of the shorter side before cropping, at least image_size.
-            dtype, device, threads, prefetch: as for `TrainLoader`.
+            dtype, augmentation, device, threads, prefetch: as for `TrainLoader`.
             rank, world_size: rank r gets the r-th of world_size contiguous, nearly equal slices.
 
         Raises:
@@ -196,6 +195,7 @@ class EvalLoader:
             batch_size=batch_size,
             image_size=image_size,
             dtype=dtype,
+            augmentation=augmentation,
             device=device,
             threads=threads,
             prefetch=prefetch,
@@ -232,4 +232,4 @@ class EvalLoader:
             yield Request([self._index.path(i) for i in rows], self._inputs)
 
     def _inputs(self, sizes: Tensor) -> Arrays:
-        return evaluation_inputs(sizes, *self._sizes)
+        return [evaluation_numbers(sizes, *self._sizes).numpy()]

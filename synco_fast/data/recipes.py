@@ -17,6 +17,7 @@ class Recipe:
         brightness, contrast, saturation: factors are uniform in [max(0, 1 - x), 1 + x].
         hue: shifts are uniform in [-x, x] turns of the colour circle.
         grey_probability: chance of losing all colour.
+        grey_first: colour is lost before the jitter, not after it.
         blur_probability: chance of a Gaussian blur.
         blur_sigma: range of its standard deviation, pixels of the output.
         flip_probability: chance of a left-right flip.
@@ -31,6 +32,7 @@ class Recipe:
     saturation: float = 0.4
     hue: float = 0.1
     grey_probability: float = 0.2
+    grey_first: bool = False
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     flip_probability: float = 0.5
@@ -40,5 +42,7 @@ class Recipe:
 
 RECIPES = {
     "moco_v2": Recipe(),  # arXiv 2003.04297, section 3
-    "moco_v1": Recipe(jitter_probability=1.0, hue=0.4, blur_probability=0.0),  # arXiv 1911.05722, section 3.2
+    "moco_v1": Recipe(
+        jitter_probability=1.0, hue=0.4, grey_first=True, blur_probability=0.0
+    ),  # arXiv 1911.05722, section 3.2
 }

@@ -27,8 +27,9 @@ class ViewParameters:
     Attributes:
         start: (B, 2) int64, crop's top and left, pixels of the decoded image.
         shape: (B, 2) int64, crop's height and width, pixels.
+        jittered: (B,) bool, the four colour jitters apply.
         brightness, contrast, saturation: (B,) float32 factors, 1 = unchanged.
-        hue: (B,) float32 shift in turns of the colour circle, 0 = unchanged.
+        hue: (B,) float32 shift in turns of the colour circle.
         jitter_order: (B, 4) int64, the order to apply 0 brightness, 1 contrast, 2 saturation, 3 hue.
         grey: (B,) bool, lose all colour.
         blur_sigma: (B,) float32, pixels of the output, 0 = no blur.
@@ -37,6 +38,7 @@ class ViewParameters:
 
     start: Tensor
     shape: Tensor
+    jittered: Tensor
     brightness: Tensor
     contrast: Tensor
     saturation: Tensor
@@ -63,22 +65,18 @@ def view_parameters(
     words = philox(data_key(seed), positions, view, VIEW_STREAM | blocks << 8, epoch)
     start, shape = _crop(sizes, recipe, [word[:_CROP_ATTEMPTS] for word in words])
 
-    jittered = uniform(words[0][_SWITCHES_BLOCK]) < recipe.jitter_probability
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
-    factors = [
-        torch.where(jittered, _between(words[i][_FACTORS_BLOCK], max(0.0, 1 - x), 1 + x).float(), 1.0)
-        for i, x in enumerate(strengths)
-    ]
-    hue = torch.where(jittered, _between(words[3][_FACTORS_BLOCK], -recipe.hue, recipe.hue).float(), 0.0)
+    factors = [_between(words[i][_FACTORS_BLOCK], max(0.0, 1 - x), 1 + x).float() for i, x in enumerate(strengths)]
     blurred = uniform(words[0][_BLUR_BLOCK]) < recipe.blur_probability
     sigma = _between(words[1][_BLUR_BLOCK], *recipe.blur_sigma).float()
     return ViewParameters(
         start=start,
         shape=shape,
+        jittered=uniform(words[0][_SWITCHES_BLOCK]) < recipe.jitter_probability,
         brightness=factors[0],
         contrast=factors[1],
         saturation=factors[2],
-        hue=hue,
+        hue=_between(words[3][_FACTORS_BLOCK], -recipe.hue, recipe.hue).float(),
         jitter_order=_PERMUTATIONS[integers(words[1][_SWITCHES_BLOCK], len(_PERMUTATIONS))],
         grey=uniform(words[2][_SWITCHES_BLOCK]) < recipe.grey_probability,
         blur_sigma=torch.where(blurred, sigma, 0.0),

@@ -50,6 +50,7 @@ def evaluation_loader(config: Config, processes: Processes, index: Index) -> Eva
         image_size=data.image_size,
         resize=data.eval_resize,
         dtype=DTYPES[data.dtype],
+        augmentation=data.augmentation,
         device=processes.device,
         threads=data.threads,
         prefetch=data.prefetch,

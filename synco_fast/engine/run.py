@@ -119,6 +119,7 @@ def build_loader(config: Config, processes: Processes, index: Index, step: int) 
         recipe=RECIPES[data.recipe],
         seed=config.seed,
         dtype=DTYPES[data.dtype],
+        augmentation=data.augmentation,
         device=processes.device,
         threads=data.threads,
         prefetch=data.prefetch,
