@@ -1,9 +1,9 @@
 """What setuptools builds; everything that can be said statically is in pyproject.toml.
 
-Two libraries are compiled: the kernels of the op, synco_fast/_kernels*.so, against the torch that is installed, and the
-augmentation, synco_fast/_augment*.so, against the DALI that is installed: install with `--no-build-isolation`. With nvcc
-of torch's CUDA version they hold CUDA kernels too, on a machine with or without a GPU. What cannot be built is said and
-left out; `synco-fast doctor` says it again.
+Two libraries are compiled: the kernels of the op, synco_fast/_kernels*.so, against the torch that is installed, and
+the augmentation, synco_fast/_augment*.so, against the DALI that is installed: install with `--no-build-isolation`. With
+nvcc of torch's CUDA version they hold CUDA kernels too, on a machine with or without a GPU. What cannot be built is said
+and left out; `synco-fast doctor` says it again.
 """
 
 import glob
@@ -126,9 +126,7 @@ def augmentation(flags: list[str]) -> list[Extension]:
         return []
     headers = [folder for folder in cuda_headers(CUDA_HOME) if os.path.exists(os.path.join(folder, "cuda_runtime.h"))]
     if not headers:
-        say(
-            "there are no CUDA headers, which DALI's include, so the augmentation is left out (install the CUDA toolkit)"
-        )
+        say("DALI's headers need CUDA's, so the augmentation is left out (install the CUDA toolkit)")
         return []
     # No FMAs, which round once where Pillow rounds twice. DALI's headers are not ours to warn about.
     ours = ["-std=c++17", "-ffp-contract=off", "-Wno-free-nonheap-object"]

@@ -11,7 +11,7 @@ import torch
 
 from synco_fast import __version__
 from synco_fast.data import operator
-from synco_fast.data.pipeline import dali
+from synco_fast.data.operator import dali
 from synco_fast.errors import UserError
 from synco_fast.machine import cpu_name, version
 from synco_fast.ops import backends
