@@ -1,9 +1,9 @@
 """What setuptools builds; everything that can be said statically is in pyproject.toml.
 
 Two libraries are compiled: the kernels of the op, synco_fast/_kernels*.so, against the torch that is installed, and
-the augmentation, synco_fast/_augment*.so, against the DALI that is installed: install with `--no-build-isolation`. With
-nvcc of torch's CUDA version they hold CUDA kernels too, on a machine with or without a GPU. What cannot be built is said
-and left out; `synco-fast doctor` says it again.
+the augmentation, synco_fast/_augment*.so, against the DALI that is installed: install with `--no-build-isolation`.
+With nvcc of torch's CUDA version there is a CUDA kernel in it too, on a machine with or without a GPU. What cannot be
+built is said and left out; `synco-fast doctor` says it again.
 """
 
 import glob
