@@ -136,12 +136,12 @@ class Stream:
 
     def _read_ahead(self, batches: int) -> None:
         for request in islice(self._requests, batches):
-            parts = [self._pool.submit(_read_all, request.paths[i :: self._threads]) for i in range(self._threads)]
+            parts = [self._pool.submit(read_all, request.paths[i :: self._threads]) for i in range(self._threads)]
             # The pool is first in, first out, so the parts are under way before this waits for them.
             self._reading.append((request, self._pool.submit(_assemble, request, parts)))
 
 
-def _read_all(paths: list[Path]) -> list[Image]:
+def read_all(paths: list[Path]) -> list[Image]:
     return [read_image(path) for path in paths]
 
 
