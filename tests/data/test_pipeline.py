@@ -15,6 +15,7 @@ from torchvision.transforms import functional as F
 from synco_fast.data.pipeline import colour_matrices, dali, train_pipeline, view_inputs
 from synco_fast.data.reader import read_image
 from synco_fast.data.recipes import RECIPES
+from synco_fast.data.samples import Sample
 from synco_fast.data.views import ViewParameters
 from synco_fast.errors import UserError
 
@@ -46,7 +47,8 @@ def neutral(paths: list[Path]) -> ViewParameters:
 
 def normalised(paths: list[Path], views: list[ViewParameters], dtype: torch.dtype) -> list[torch.Tensor]:
     """Both views as the pipeline gives them, (B, SIZE, SIZE, 3)."""
-    batches = iter([[[read_image(path)[0] for path in paths], *view_inputs(views[0]), *view_inputs(views[1])]])
+    encoded = [read_image(Sample(path, path.name))[0] for path in paths]
+    batches = iter([[encoded, *view_inputs(views[0]), *view_inputs(views[1])]])
     pipeline = train_pipeline(
         lambda: next(batches),
         batch_size=len(paths),
