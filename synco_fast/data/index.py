@@ -61,14 +61,14 @@ def splits(root: Path) -> list[str]:
     folders = [name for name in names if (root / name).is_dir()]
     if folders:
         return folders
-    shards = by_split([name for name in _list_folder(root)[1] if is_shard(name)])
+    shards = by_split(root, [name for name in _list_folder(root)[1] if is_shard(name)])
     return [name for name in names if name in shards]
 
 
 def _scan_split(root: Path, split: str) -> Index:
     if (root / split).is_dir():
         return _scan_folder(root / split)
-    return scan_shards(root, by_split([name for name in _list_folder(root)[1] if is_shard(name)])[split])
+    return scan_shards(root, by_split(root, [name for name in _list_folder(root)[1] if is_shard(name)])[split])
 
 
 def _scan_file(path: Path) -> Index:

@@ -151,8 +151,8 @@ class _Parser:
             self.root = self.listing.parent / fields[1]
         elif fields[0] == "# class" and len(fields) == 3:
             label = self._label(where, fields[1])
-            if label is None or label in self.classes:
-                raise UserError(f"{where}: class {fields[1]} is named twice or has no number")
+            if label is None or label in self.classes or "/" in fields[2] or fields[2] in ("", ".", ".."):
+                raise UserError(f"{where}: expected one name without / for each class, found {fields[2]!r}")
             self.classes[label] = fields[2]
         elif fields[0] == "# shard" and len(fields) == 3:
             self.sizes[self._shard(where, fields[1])] = _number(where, "size", fields[2])

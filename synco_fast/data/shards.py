@@ -31,8 +31,8 @@ def is_compressed(name: str) -> bool:
     return _COMPRESSED.search(name.lower()) is not None
 
 
-def by_split(names: Sequence[str]) -> dict[str, list[str]]:
-    """Shards by the split that their names speak of, as train-00000-of-01024; empty if they do not speak of several.
+def by_split(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    """A folder's shards by the split that their names speak of, as train-00000-of-01024; empty if they do not speak of several.
 
     Raises:
         UserError: they speak of several, and some of none.
@@ -46,7 +46,10 @@ def by_split(names: Sequence[str]) -> dict[str, list[str]]:
         return {}
     if nameless:
         splits = ", ".join(names[0] for names in found.values())
-        raise UserError(f"shards of several splits ({splits}) are beside {nameless[0]}, whose name tells none; move it")
+        raise UserError(
+            f"data folder {folder} holds shards of several splits ({splits}) and {nameless[0]}, whose name tells none; "
+            "rename it, or move each split to a folder of its own: train/, val/"
+        )
     return found
 
 

@@ -1,0 +1,441 @@
+"""WebDataset and TFRecord sets against the folder they were made from, and against DALI's own readers."""
+
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from synco_fast.data import samples
+from synco_fast.data.index import Index, held_out, scan
+from synco_fast.data.listing import write_list
+from synco_fast.data.loader import Batch, TrainLoader
+from synco_fast.data.pipeline import dali
+from synco_fast.data.recipes import RECIPES
+from synco_fast.data.samples import open_image, read_bytes
+from synco_fast.data.stats import statistics
+from synco_fast.errors import UserError
+from tests.command import call, check_error
+from tests.formats import as_tar, as_tfrecord, delimited, example, framed, write_tar
+
+IMAGENET = [f"train-{i:05}-of-00003" for i in range(3)]
+
+
+def tar_with_numbers(index: Index, folder: Path) -> Path:
+    as_tar(index, folder, 3, labels=True)
+    return folder
+
+
+def tar_with_folders(index: Index, folder: Path) -> Path:
+    as_tar(index, folder, 4, labels=False)
+    return folder
+
+
+def one_tar(index: Index, folder: Path) -> Path:
+    as_tar(index, folder, 1, labels=True)
+    return folder / "part-0.tar"
+
+
+def tfrecord(index: Index, folder: Path) -> Path:
+    as_tfrecord(index, folder, ["a.tfrecord", "b.tfrecord"])
+    return folder
+
+
+def imagenet(index: Index, folder: Path) -> Path:
+    as_tfrecord(index, folder, IMAGENET)
+    return folder
+
+
+def list_of_files(index: Index, folder: Path) -> Path:
+    folder.mkdir()
+    write_list(index, folder / "list.tsv")
+    return folder / "list.tsv"
+
+
+def list_of_shards(index: Index, folder: Path) -> Path:
+    shards = scan(tar_with_numbers(index, folder / "shards"))
+    write_list(shards, folder / "list.tsv")
+    return folder / "list.tsv"
+
+
+FORMATS: dict[str, Callable[[Index, Path], Path]] = {
+    make.__name__: make
+    for make in (tar_with_numbers, tar_with_folders, one_tar, tfrecord, imagenet, list_of_files, list_of_shards)
+}
+
+
+@pytest.fixture(scope="module")
+def folder(jpeg_root: Path) -> Index:
+    return scan(jpeg_root)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def other(request: pytest.FixtureRequest, folder: Index, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """The images of `folder` in another format."""
+    return scan(FORMATS[request.param](folder, tmp_path_factory.mktemp("formats") / "made"))
+
+
+def batches(index: Index, start: int, count: int) -> list[Batch]:
+    loader = TrainLoader(
+        index,
+        batch_size=8,
+        image_size=32,
+        recipe=RECIPES["moco_v2"],
+        seed=3,
+        device=torch.device("cpu"),
+        threads=2,
+        prefetch=2,
+        step=start,
+    )
+    found = [next(loader) for _ in range(count)]
+    loader.close()
+    return found
+
+
+def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.epoch, a.step) == (b.epoch, b.step)
+        assert all(map(torch.equal, a.views, b.views))
+
+
+def test_same_bytes_and_labels(folder: Index, other: Index) -> None:
+    assert len(other) == len(folder)
+    assert other.labels is not None and folder.labels is not None and torch.equal(other.labels, folder.labels)
+    for i in range(len(folder)):
+        assert read_bytes(other.sample(i)) == folder.path(i).read_bytes()
+        with open_image(other.sample(i)) as file:
+            file.seek(-7, os.SEEK_END)
+            assert file.read() == folder.path(i).read_bytes()[-7:]
+    if "record" not in other.files[0]:
+        assert (other.digest, other.classes) == (folder.digest, folder.classes)
+    else:
+        assert other.classes == ("1", "2", "3", "4")
+
+
+def test_same_batches_and_the_same_after_a_resume(folder: Index, other: Index) -> None:
+    """10 steps are an epoch of 7 and a part of the next."""
+    check_same(batches(other, 0, 10), batches(folder, 0, 10))
+    check_same(batches(other, 5, 5), batches(folder, 0, 10)[5:])
+
+
+def test_same_statistics(folder: Index, other: Index) -> None:
+    ours, theirs = statistics(folder), statistics(other)
+    assert list(ours.pop("classes").values()) == list(theirs.pop("classes").values())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_commands(name: str, folder: Index, tmp_path: Path) -> None:
+    root = FORMATS[name](folder, tmp_path / "made")
+    done = call("data", "stats", root)
+    assert (done.code, done.err) == (0, "") and "images   60" in done.out
+    grids = []
+    for number, source in enumerate((root, folder.root)):
+        grids.append(tmp_path / f"{number}.png")
+        done = call("data", "view", source, "--output", grids[-1], "--images", "4", "--image-size", "32")
+        assert done.code == 0, done.err
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["folders", "names"])
+@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
+def test_splits(layout: str, kind: str, jpeg_root: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        index = scan(jpeg_root / split)
+        made = tmp_path / "made" / split
+        if kind == "tar":
+            as_tar(index, made, 2, labels=True)
+        else:
+            as_tfrecord(index, made, [f"{'validation' if split == 'val' else split}-{i:05}-of-00002" for i in range(2)])
+    root = tmp_path / "made"
+    if layout == "names":
+        root = tmp_path / "together"
+        root.mkdir()
+        for path in (tmp_path / "made").glob("*/*"):
+            path.rename(root / (f"set-{path.parent.name}-{path.name}" if kind == "tar" else path.name))
+    test = held_out(root)
+    assert test is not None and (len(scan(root)), len(test)) == (60, 12)
+    assert read_bytes(test.sample(0)) == (jpeg_root / "val" / "ant" / "000.jpg").read_bytes()
+
+
+def test_shards_of_one_split_alone_are_that_folder(folder: Index, tmp_path: Path) -> None:
+    as_tfrecord(folder, tmp_path, [name.replace("train", "validation") for name in IMAGENET])
+    assert len(scan(tmp_path)) == 60
+    assert held_out(tmp_path) is None
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_and_foreign_names(format: int, folder: Index, tmp_path: Path) -> None:
+    images = [folder.path(i).read_bytes() for i in range(3)]
+    names = ["ä" * 120 + "/" + "x" * 90 + ".jpg", "c/a.v2.JPEG", "c/é.jpg"]
+    write_tar(tmp_path / "a.tar", zip(names, images, strict=True), format)
+    index = scan(tmp_path)
+    assert list(index.files) == names
+    assert [read_bytes(index.sample(i)) for i in range(3)] == images
+    assert index.classes == ("c", "ä" * 120)
+    write_list(index, tmp_path / "list.tsv")
+    assert scan(tmp_path / "list.tsv").digest == index.digest
+
+
+def test_what_a_sample_of_a_tar_is(folder: Index, tmp_path: Path) -> None:
+    """Extensions begin at the first dot; what is no image of its own is left out, and order is that of the bytes."""
+    one, two, three = (folder.path(i).read_bytes() for i in range(3))
+    members = [
+        ("./b.json", b"{}"),
+        ("./b.mask.png", three),
+        ("b.jpg", one),
+        ("._b.jpg", b"hidden"),
+        ("a.seg.jpg", two),
+        ("b.cls", b" 7\n"),
+        ("a.cls", b"-2"),
+        ("notes.txt", b"not of a sample"),
+    ]
+    write_tar(tmp_path / "x.tar", members)
+    index = scan(tmp_path)
+    assert index.files == ("b.jpg", "a.seg.jpg")
+    assert index.labels is not None and index.labels.tolist() == [1, 0]
+    assert index.classes == ("-2", "7")
+    assert [read_bytes(index.sample(i)) for i in range(2)] == [one, two]
+
+
+def test_names_that_repeat_over_shards(folder: Index, tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", [("0.jpg", folder.path(number).read_bytes())])
+    index = scan(tmp_path)
+    assert index.files == ("0.tar/0.jpg", "1.tar/0.jpg")
+    assert str(index.sample(1)) == f"{tmp_path / '1.tar'}: 0.jpg"
+    assert index.take([1, 0]).sample(0) == index.sample(1)
+
+
+def test_folders_that_contradict_the_numbers_are_not_names(folder: Index, tmp_path: Path) -> None:
+    image = folder.path(0).read_bytes()
+    members = [("a/1.jpg", image), ("a/1.cls", b"0"), ("a/2.jpg", image), ("a/2.cls", b"5")]
+    write_tar(tmp_path / "x.tar", members)
+    assert scan(tmp_path).classes == ("0", "5")
+
+
+def dali_reads(count: int, read: Callable[[Any], tuple[Any, ...]]) -> list[list[bytes]]:
+    """The outputs of DALI's own reader for each of so many samples, on the CPU."""
+    fn, _, pipeline_def = dali()
+    pipeline = pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)(lambda: read(fn))()
+    pipeline.build()
+    return [[np.asarray(output[0]).tobytes() for output in pipeline.run()] for _ in range(count)]
+
+
+def test_dali_reads_the_same_from_tar(folder: Index, tmp_path: Path) -> None:
+    index = scan(tar_with_numbers(folder, tmp_path / "made"))
+    assert index.labels is not None
+    paths = [str(shard.path) for shard in index.shards]
+    found = dali_reads(60, lambda fn: tuple(fn.readers.webdataset(paths=paths, ext=["jpg", "cls"])))
+    ours = [[read_bytes(index.sample(i)), str(index.labels[i].item()).encode()] for i in range(60)]
+    assert found == ours
+
+
+def test_dali_reads_the_same_from_tfrecord(folder: Index, tmp_path: Path) -> None:
+    from nvidia.dali import tfrecord as features
+
+    index = scan(imagenet(folder, tmp_path / "made"))
+    assert index.labels is not None
+    wanted = {
+        "image/encoded": features.FixedLenFeature((), features.string, ""),
+        "image/class/label": features.FixedLenFeature([1], features.int64, -1),
+    }
+    paths = [str(shard.path) for shard in index.shards]
+    for path in paths:  # DALI wants each record's offset and length
+        data, lines, at = Path(path).read_bytes(), "", 0
+        while at < len(data):
+            length = int.from_bytes(data[at : at + 8], "little") + 16
+            lines += f"{at} {length}\n"
+            at += length
+        Path(f"{path}.idx").write_text(lines)
+    indices = [f"{path}.idx" for path in paths]
+    found = dali_reads(
+        60,
+        lambda fn: tuple(fn.readers.tfrecord(path=paths, index_path=indices, features=wanted)[key] for key in wanted),
+    )
+    numbers = [int(index.classes[label]) for label in index.labels]
+    assert found == [[read_bytes(index.sample(i)), numbers[i].to_bytes(8, "little")] for i in range(60)]
+
+
+def changed(shard: Path, change: Callable[[bytes], bytes]) -> None:
+    shard.write_bytes(change(shard.read_bytes()))
+
+
+def replaced(shard: Path) -> None:
+    """Another file of the same size in its place."""
+    shard.with_name("new").write_bytes(bytes(reversed(shard.read_bytes())))
+    shard.with_name("new").rename(shard)
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda shard: changed(shard, lambda data: data[:-20000]), "changed after it was indexed"),
+    "replaced": (replaced, "was written anew"),
+    "gone": (Path.unlink, "cannot be read: No such file"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("make", [one_tar, tfrecord])
+def test_a_shard_that_changes_after_it_was_indexed(
+    kind: str, make: Callable[[Index, Path], Path], folder: Index, tmp_path: Path
+) -> None:
+    index = scan(make(folder, tmp_path / "made"))
+    change, message = CHANGES[kind]
+    change(index.shards[0].path)
+    with pytest.raises(UserError, match=message) as caught:
+        batches(index, 0, 7)
+    assert str(index.shards[0].path) in str(caught.value)
+
+
+def test_a_shard_cut_while_it_is_open(folder: Index, tmp_path: Path) -> None:
+    """No batch after the cut may be made of it, even of images before the cut: nothing vouches for them."""
+    index = scan(one_tar(folder, tmp_path / "made"))
+    assert read_bytes(index.sample(0))
+    os.truncate(index.shards[0].path, index.shards[0].size // 2)
+    for i in (0, 59):
+        with pytest.raises(UserError, match="changed after it was indexed"):
+            read_bytes(index.sample(i))
+    samples.close_shards()
+
+
+def test_a_broken_image_in_a_shard_is_named(folder: Index, tmp_path: Path) -> None:
+    members = [(folder.files[i], folder.path(i).read_bytes()) for i in range(16)]
+    members[5] = (members[5][0], members[5][1][:300])
+    members[6] = (members[6][0], b"text")
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(UserError) as caught:
+        batches(scan(tmp_path), 0, 2)
+    assert f"{tmp_path / 'x.tar'}: " in str(caught.value)
+    assert members[5][0] in str(caught.value) or members[6][0] in str(caught.value)
+    [message] = statistics(scan(tmp_path))["unreadable"]
+    assert f"{tmp_path / 'x.tar'}: {members[6][0]}" in message
+
+
+def test_open_shards_are_bounded_and_closed(folder: Index, tmp_path: Path) -> None:
+    count = 600
+    image = folder.path(0).read_bytes()
+    for number in range(count):
+        write_tar(tmp_path / f"{number:04}.tar", [(f"{number}.jpg", image)])
+    before = len(os.listdir("/proc/self/fd"))
+    index = scan(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(range(count)) * 3
+        assert all(data == image for data in pool.map(lambda i: read_bytes(index.sample(i)), rows))
+    assert 512 <= len(os.listdir("/proc/self/fd")) - before <= 512 + 4
+    samples.close_shards()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def gzipped(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)
+
+
+def tar_bytes(*members: tuple[str, bytes], damage: Callable[[bytes], bytes] = lambda data: data) -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    write_tar(buffer, members)
+    return {"x.tar": damage(buffer.getvalue())}
+
+
+def linked(kind: bytes) -> dict[str, bytes]:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("a.jpg")
+        member.type, member.linkname = kind, "b.jpg"
+        archive.addfile(member)
+    return {"x.tar": buffer.getvalue()}
+
+
+def records(*messages: bytes, damage: Callable[[bytes], bytes] = lambda data: data) -> dict[str, bytes]:
+    return {"x.tfrecord": damage(b"".join(framed(message) for message in messages))}
+
+
+def flipped(at: int) -> Callable[[bytes], bytes]:
+    return lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+IMAGE = ("a.jpg", b"x" * 700)
+GOOD = example({"image/encoded": b"x" * 700})
+NOISE = np.random.default_rng(0).integers(0, 256, 30000, dtype=np.uint8).tobytes()
+HOSTILE: dict[str, tuple[dict[str, bytes], tuple[str, ...]]] = {
+    "tar cut in an image": (tar_bytes(IMAGE, damage=lambda data: data[:1000]), ("cut short",)),
+    "tar cut in a header": (tar_bytes(IMAGE, ("b.jpg", b"y"), damage=lambda data: data[:1800]), ("cut short", "1536")),
+    "tar cut between members": (tar_bytes(IMAGE, damage=lambda data: data[:1536]), ("cut short", "1536")),
+    "tar with a damaged header": (tar_bytes(IMAGE, ("b.jpg", b"y"), damage=flipped(1540)), ("damaged", "1536")),
+    "tar without images": (tar_bytes(("a.txt", b"x"), ("b.cls", b"1")), ("no images", ".jpeg")),
+    "tar of tars": (tar_bytes(("n01440764.tar", b"x")), ("no images",)),
+    "empty tar": (tar_bytes(), ("no images",)),
+    "empty file": ({"x.tar": b""}, ("empty",)),
+    "noise called tar": ({"x.tar": NOISE}, ("not a tar file",)),
+    "text called tar": ({"x.tar": b"text"}, ("not a tar file",)),
+    "gzip called tar": (tar_bytes(IMAGE, damage=gzipped), ("compressed (gzip)", "decompress")),
+    "one bad tar of two": ({**tar_bytes(IMAGE), "y.tar": NOISE}, ("y.tar", "not a tar file")),
+    "tar.gz": ({"x.tar.gz": gzipped(NOISE)}, ("x.tar.gz", "decompress")),
+    "tar.gz beside tar": ({**tar_bytes(IMAGE), "y.tar.gz": NOISE}, ("y.tar.gz", "decompress")),
+    "same member twice": (tar_bytes(IMAGE, IMAGE), ("a.jpg", "more than once")),
+    "two images of one key": (tar_bytes(IMAGE, ("a.png", b"y")), ("a.jpg and", "a.png", "one sample")),
+    "symbolic link": (linked(tarfile.SYMTYPE), ("a.jpg is a link", "tar -h")),
+    "hard link": (linked(tarfile.LNKTYPE), ("a.jpg is a link",)),
+    "member that leads out": (tar_bytes(("../a.jpg", b"x")), ("../a.jpg leads out",)),
+    "number on some": (tar_bytes(IMAGE, ("a.cls", b"1"), ("b.jpg", b"y")), ("1 of 2", "b.jpg", "label all or none")),
+    "folder on some": (tar_bytes(IMAGE, ("c/b.jpg", b"y")), ("c/", "unclear")),
+    "label that is no number": (tar_bytes(IMAGE, ("a.cls", b"cat")), ("a.cls", "b'cat'", "class number")),
+    "huge label": (tar_bytes(IMAGE, ("a.cls", b"9" * 40)), ("a.cls", "class number")),
+    "wrong checksum": (records(GOOD, damage=flipped(9)), ("record 0 at byte 0", "checksum")),
+    "wrong length": (records(GOOD, GOOD, damage=flipped(len(framed(GOOD)))), ("record 1", "checksum")),
+    "noise called tfrecord": ({"x.tfrecord": NOISE}, ("checksum", "not TFRecord")),
+    "gzip called tfrecord": (records(GOOD, damage=gzipped), ("compressed (gzip)",)),
+    "empty tfrecord": ({"x.tfrecord": b""}, ("is empty",)),
+    "tfrecord cut in a record": (records(GOOD, GOOD, damage=lambda data: data[:-1]), ("record 1", "cut short")),
+    "tfrecord cut in a length": (records(GOOD, damage=lambda data: data + data[:7]), ("record 1", "cut short")),
+    "another message": (records(b"\xff" * 40), ("record 0", "not a tf.train.Example")),
+    "field beyond its message": (records(delimited(1, b"abc")[:-1]), ("longer than its message",)),
+    "no image": (records(example({"x": [1], "label": [2]})), ("no feature image/encoded", "label, x")),
+    "image of numbers": (records(example({"image/encoded": [1]})), ("0 byte strings",)),
+    "label of fractions": (records(example({"image/encoded": b"x", "image/class/label": [0.5]})), ("not one int64",)),
+    "two labels": (records(example({"image/encoded": b"x", "image/class/label": [1, 2]})), ("not one int64",)),
+    "number on some records": (records(GOOD, example({"image/encoded": b"y", "image/class/label": [1]})), ("1 of 2",)),
+    "both kinds": ({**tar_bytes(IMAGE), **records(GOOD)}, ("both tar files and TFRecord",)),
+    "shards beside images": ({**tar_bytes(IMAGE), "a.jpg": b"x"}, ("images (a.jpg", "shards (x.tar", "keep one")),
+    "splits and another": (
+        {"train-0.tar": b"", "val-0.tar": b"", "x.tar": b""},
+        ("train-0.tar", "val-0.tar", "x.tar", "tells none"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile(kind: str, tmp_path: Path) -> None:
+    files, names = HOSTILE[kind]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    done = call("data", "stats", tmp_path)
+    check_error(done.code, done.err, (str(tmp_path), *names))
+    assert (done.code, done.out) == (1, "")
+
+
+def test_random_damage_is_an_error_or_a_sound_index(folder: Index, tmp_path: Path) -> None:
+    """Whatever the bytes, offsets stay within the file, and nothing but a UserError comes out."""
+    rng = np.random.default_rng(5)
+    for make, name in ((one_tar, "part-0.tar"), (tfrecord, "a.tfrecord")):
+        make(folder.take(range(4)), tmp_path / name)
+        good = np.frombuffer((tmp_path / name / name).read_bytes(), np.uint8)
+        target = tmp_path / f"damaged-{name}"
+        headers = [i for i in range(min(600, len(good)))] + list(range(len(good) - 600, len(good)))
+        for _ in range(150):
+            bad = good.copy()
+            bad[rng.choice(headers, 3)] = rng.integers(0, 256, 3)
+            target.write_bytes(bad[: rng.integers(1, len(bad) + 1)].tobytes())
+            try:
+                index = scan(target)
+            except UserError:
+                continue
+            assert index.extents is not None
+            assert (index.extents[:, 1] + index.extents[:, 2] <= target.stat().st_size).all()
+            assert (index.extents[:, 1:] >= 0).all()

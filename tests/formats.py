@@ -1,0 +1,115 @@
+"""Writers of shards that share no code with the package: Python's tarfile, and TFRecord by its definition."""
+
+import io
+import itertools
+import struct
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from synco_fast.data.samples import Index
+
+Member = tuple[str, bytes]
+Features = dict[str, bytes | list[int] | list[float]]
+
+
+def write_tar(file: Path | io.BytesIO, members: Iterable[Member], format: int = tarfile.PAX_FORMAT) -> None:
+    path, buffer = (file, None) if isinstance(file, Path) else (None, file)
+    with tarfile.open(path, "w", fileobj=buffer, format=format) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def crc32c(data: bytes) -> int:
+    """Bit by bit: the remainder of a division by the Castagnoli polynomial, reflected."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    return crc ^ 0xFFFFFFFF
+
+
+def framed(message: bytes) -> bytes:
+    """A record of a TFRecord file."""
+
+    def checksum(data: bytes) -> bytes:
+        crc = crc32c(data)
+        return struct.pack("<I", ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) % 2**32)
+
+    length = struct.pack("<Q", len(message))
+    return length + checksum(length) + message + checksum(message)
+
+
+def varint(value: int) -> bytes:
+    value %= 2**64
+    groups = []
+    while True:
+        value, group = value >> 7, value & 127
+        groups.append(group | 128 * (value > 0))
+        if not value:
+            return bytes(groups)
+
+
+def delimited(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def example(features: Features, packed: bool = True) -> bytes:
+    """A tf.train.Example; whole numbers packed, as TensorFlow writes them, or one by one."""
+    entries = b""
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            feature = delimited(1, delimited(1, value))
+        elif all(isinstance(one, int) for one in value):
+            numbers = [varint(int(one)) for one in value]
+            inside = delimited(1, b"".join(numbers)) if packed else b"".join(varint(1 << 3) + one for one in numbers)
+            feature = delimited(3, inside)
+        else:
+            feature = delimited(2, delimited(1, struct.pack(f"<{len(value)}f", *value)))
+        entries += delimited(1, delimited(1, name.encode()) + delimited(2, feature))
+    return delimited(1, entries)
+
+
+def write_tfrecord(path: Path, records: Iterable[Features], packed: bool = True) -> None:
+    path.write_bytes(b"".join(framed(example(features, packed)) for features in records))
+
+
+def parts(index: Index, count: int) -> list[range]:
+    """Rows of an index in so many parts of unequal size."""
+    bounds = [0, *(len(index) * (2 * i + 1) // (2 * count) for i in range(1, count)), len(index)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def as_tar(index: Index, folder: Path, count: int, labels: bool) -> None:
+    """The images of a folder in tar shards, with or without `.cls` members."""
+    folder.mkdir(parents=True)
+    for number, rows in enumerate(parts(index, count)):
+        members: list[Member] = []
+        for i in rows:
+            members.append((index.files[i], index.path(i).read_bytes()))
+            if labels and index.labels is not None:
+                members.append((index.files[i].rpartition(".")[0] + ".cls", str(int(index.labels[i])).encode()))
+        write_tar(folder / f"part-{number}.tar", members)
+
+
+def as_tfrecord(index: Index, folder: Path, names: Sequence[str], first_label: int = 1) -> None:
+    """The images of a folder in TFRecord files of these names, with ImageNet's features."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(names, parts(index, len(names)), strict=True):
+        records: list[Features] = []
+        for i in rows:
+            assert index.labels is not None
+            label = int(index.labels[i]) + first_label
+            records.append(
+                {
+                    "image/class/label": [label],
+                    "image/object/bbox/xmin": [0.25, 0.5],
+                    "image/encoded": index.path(i).read_bytes(),
+                    "image/filename": index.files[i].encode(),
+                    "image/height": [300] * (i % 3),
+                }
+            )
+        write_tfrecord(folder / name, records, packed=bool(i % 2))
