@@ -32,7 +32,7 @@ def is_compressed(name: str) -> bool:
 
 
 def by_split(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """A folder's shards by the split that their names speak of, as train-00000-of-01024; empty if they do not speak of several.
+    """A folder's shards by the split their names speak of, as train-00000-of-01024; empty unless they speak of several.
 
     Raises:
         UserError: they speak of several, and some of none.
