@@ -4,9 +4,15 @@ import io
 import itertools
 import struct
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
+
+from synco_fast.data.index import scan
+from synco_fast.data.listing import write_list
+from synco_fast.data.loader import Batch, TrainLoader
+from synco_fast.data.recipes import RECIPES
 from synco_fast.data.samples import Index
 
 Member = tuple[str, bytes]
@@ -113,3 +119,72 @@ def as_tfrecord(index: Index, folder: Path, names: Sequence[str], first_label: i
                 }
             )
         write_tfrecord(folder / name, records, packed=bool(i % 2))
+
+
+IMAGENET = [f"train-{i:05}-of-00003" for i in range(3)]
+
+
+def tar_with_numbers(index: Index, folder: Path) -> Path:
+    as_tar(index, folder, 3, labels=True)
+    return folder
+
+
+def tar_with_folders(index: Index, folder: Path) -> Path:
+    as_tar(index, folder, 4, labels=False)
+    return folder
+
+
+def one_tar(index: Index, folder: Path) -> Path:
+    as_tar(index, folder, 1, labels=True)
+    return folder / "part-0.tar"
+
+
+def tfrecord(index: Index, folder: Path) -> Path:
+    as_tfrecord(index, folder, ["a.tfrecord", "b.tfrecord"])
+    return folder
+
+
+def imagenet(index: Index, folder: Path) -> Path:
+    as_tfrecord(index, folder, IMAGENET)
+    return folder
+
+
+def list_of_files(index: Index, folder: Path) -> Path:
+    folder.mkdir()
+    write_list(index, folder / "list.tsv")
+    return folder / "list.tsv"
+
+
+def list_of_shards(index: Index, folder: Path) -> Path:
+    shards = scan(tar_with_numbers(index, folder / "shards"))
+    write_list(shards, folder / "list.tsv")
+    return folder / "list.tsv"
+
+
+FORMATS: dict[str, Callable[[Index, Path], Path]] = {
+    make.__name__: make
+    for make in (tar_with_numbers, tar_with_folders, one_tar, tfrecord, imagenet, list_of_files, list_of_shards)
+}
+
+
+def batches(index: Index, start: int, count: int) -> list[Batch]:
+    loader = TrainLoader(
+        index,
+        batch_size=8,
+        image_size=32,
+        recipe=RECIPES["moco_v2"],
+        seed=3,
+        device=torch.device("cpu"),
+        threads=2,
+        prefetch=2,
+        step=start,
+    )
+    found = [next(loader) for _ in range(count)]
+    loader.close()
+    return found
+
+
+def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.epoch, a.step) == (b.epoch, b.step)
+        assert all(map(torch.equal, a.views, b.views))

@@ -16,59 +16,27 @@ import torch
 from synco_fast.data import samples
 from synco_fast.data.index import Index, held_out, scan
 from synco_fast.data.listing import write_list
-from synco_fast.data.loader import Batch, TrainLoader
 from synco_fast.data.pipeline import dali
-from synco_fast.data.recipes import RECIPES
 from synco_fast.data.samples import open_image, read_bytes
 from synco_fast.data.stats import statistics
 from synco_fast.errors import UserError
 from tests.command import call, check_error
-from tests.formats import as_tar, as_tfrecord, delimited, example, framed, write_tar
-
-IMAGENET = [f"train-{i:05}-of-00003" for i in range(3)]
-
-
-def tar_with_numbers(index: Index, folder: Path) -> Path:
-    as_tar(index, folder, 3, labels=True)
-    return folder
-
-
-def tar_with_folders(index: Index, folder: Path) -> Path:
-    as_tar(index, folder, 4, labels=False)
-    return folder
-
-
-def one_tar(index: Index, folder: Path) -> Path:
-    as_tar(index, folder, 1, labels=True)
-    return folder / "part-0.tar"
-
-
-def tfrecord(index: Index, folder: Path) -> Path:
-    as_tfrecord(index, folder, ["a.tfrecord", "b.tfrecord"])
-    return folder
-
-
-def imagenet(index: Index, folder: Path) -> Path:
-    as_tfrecord(index, folder, IMAGENET)
-    return folder
-
-
-def list_of_files(index: Index, folder: Path) -> Path:
-    folder.mkdir()
-    write_list(index, folder / "list.tsv")
-    return folder / "list.tsv"
-
-
-def list_of_shards(index: Index, folder: Path) -> Path:
-    shards = scan(tar_with_numbers(index, folder / "shards"))
-    write_list(shards, folder / "list.tsv")
-    return folder / "list.tsv"
-
-
-FORMATS: dict[str, Callable[[Index, Path], Path]] = {
-    make.__name__: make
-    for make in (tar_with_numbers, tar_with_folders, one_tar, tfrecord, imagenet, list_of_files, list_of_shards)
-}
+from tests.formats import (
+    FORMATS,
+    IMAGENET,
+    as_tar,
+    as_tfrecord,
+    batches,
+    check_same,
+    delimited,
+    example,
+    framed,
+    imagenet,
+    one_tar,
+    tar_with_numbers,
+    tfrecord,
+    write_tar,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,29 +48,6 @@ def folder(jpeg_root: Path) -> Index:
 def other(request: pytest.FixtureRequest, folder: Index, tmp_path_factory: pytest.TempPathFactory) -> Index:
     """The images of `folder` in another format."""
     return scan(FORMATS[request.param](folder, tmp_path_factory.mktemp("formats") / "made"))
-
-
-def batches(index: Index, start: int, count: int) -> list[Batch]:
-    loader = TrainLoader(
-        index,
-        batch_size=8,
-        image_size=32,
-        recipe=RECIPES["moco_v2"],
-        seed=3,
-        device=torch.device("cpu"),
-        threads=2,
-        prefetch=2,
-        step=start,
-    )
-    found = [next(loader) for _ in range(count)]
-    loader.close()
-    return found
-
-
-def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a.epoch, a.step) == (b.epoch, b.step)
-        assert all(map(torch.equal, a.views, b.views))
 
 
 def test_same_bytes_and_labels(folder: Index, other: Index) -> None:
