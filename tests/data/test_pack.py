@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from synco_fast.data.index import Index, held_out, scan
+from synco_fast.data.listing import write_list
 from synco_fast.data.samples import read_bytes
 from synco_fast.data.shards import INDEX_NAME
 from tests.command import call, check_error, contents
@@ -117,6 +118,15 @@ def test_broken_images_are_copied_as_they_are(tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_bytes(content)
     assert call("data", "pack", tmp_path / "in", tmp_path / "out").code == 0
     check_same_set(scan(tmp_path / "out"), scan(tmp_path / "in"))
+
+
+def test_classes_keep_their_names_and_numbers(jpeg_root: Path, tmp_path: Path) -> None:
+    """Also one without images, which the shards alone cannot tell of."""
+    folder = scan(jpeg_root)
+    source = folder.take([i for i, name in enumerate(folder.files) if not name.startswith("bee")])
+    write_list(source, tmp_path / "list.tsv")
+    assert call("data", "pack", tmp_path / "list.tsv", tmp_path / "out").code == 0
+    check_same_set(scan(tmp_path / "out"), source)
 
 
 def many_files(folder: Path) -> None:

@@ -134,20 +134,35 @@ def test_what_a_sample_of_a_tar_is(folder: Index, tmp_path: Path) -> None:
     one, two, three = (folder.path(i).read_bytes() for i in range(3))
     members = [
         ("./b.json", b"{}"),
+        ("a.cls", b"-2"),
         ("./b.mask.png", three),
-        ("b.jpg", one),
+        ("b.JPG", one),
         ("._b.jpg", b"hidden"),
         ("a.seg.jpg", two),
-        ("b.cls", b" 7\n"),
-        ("a.cls", b"-2"),
+        ("b.CLS", b" 1000\n"),
         ("notes.txt", b"not of a sample"),
     ]
     write_tar(tmp_path / "x.tar", members)
     index = scan(tmp_path)
-    assert index.files == ("b.jpg", "a.seg.jpg")
+    assert index.files == ("b.JPG", "a.seg.jpg")
     assert index.labels is not None and index.labels.tolist() == [1, 0]
-    assert index.classes == ("-2", "7")
+    assert index.classes == ("-2", "1000")
     assert [read_bytes(index.sample(i)) for i in range(2)] == [one, two]
+
+
+def test_what_a_record_of_a_tfrecord_is(tmp_path: Path) -> None:
+    """Fields that are not known are stepped over, whatever their wire type; numbers have a sign and 64 bits."""
+    fixed = bytes([9 << 3 | 1, *range(8), 9 << 3 | 5, *range(4), 9 << 3 | 0, 0x81, 0x01])
+    messages = [
+        fixed + example({"image/encoded": image, "image/class/label": [label], "other": [0.5]}) + fixed
+        for image, label in ((b"one" * 2000, -1), (b"", 2**62))
+    ]
+    (tmp_path / "x.tfrecord").write_bytes(b"".join(map(framed, messages)))
+    index = scan(tmp_path)
+    assert index.files == ("x.tfrecord/record-0", "x.tfrecord/record-1")
+    assert str(index.sample(1)) == f"{tmp_path / 'x.tfrecord'}: record-1"
+    assert index.classes == ("-1", str(2**62))
+    assert [read_bytes(index.sample(i)) for i in range(2)] == [b"one" * 2000, b""]
 
 
 def test_names_that_repeat_over_shards(folder: Index, tmp_path: Path) -> None:
@@ -277,6 +292,13 @@ def test_open_shards_are_bounded_and_closed(folder: Index, tmp_path: Path) -> No
     assert 512 <= len(os.listdir("/proc/self/fd")) - before <= 512 + 4
     samples.close_shards()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_loader_that_is_closed_has_no_shard_open(folder: Index, tmp_path: Path) -> None:
+    index = scan(tar_with_numbers(folder, tmp_path / "made"))
+    batches(index, 0, 3)
+    opened = {entry.resolve() for entry in Path("/proc/self/fd").iterdir()}
+    assert not opened & {shard.path.resolve() for shard in index.shards}
 
 
 def gzipped(data: bytes) -> bytes:
