@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Self-supervised pretraining with SynCo, MoCHi and MoCo v2 at the speed of the hardware.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at a data set as pretraining sees it.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at a data set as pretraining sees it, or pack it.")
 app.add_typer(data_app, name="data")
 
 DataRoot = Annotated[

@@ -101,6 +101,9 @@ class _Window:
 
     def varint(self, position: int) -> tuple[int, int]:
         """The number at a position, and the position after it."""
+        at = position - self._start
+        if 0 <= at < len(self._piece) and self._piece[at] < 0x80:  # most are of one byte
+            return self._piece[at], position + 1
         value = shift = 0
         for byte in self.read((position, min(position + 10, self._end))):
             value |= (byte & 0x7F) << shift
