@@ -6,12 +6,15 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from synco_fast.data.index import scan
 from synco_fast.data.listing import write_list
 from synco_fast.data.loader import Batch, TrainLoader
+from synco_fast.data.pipeline import dali
 from synco_fast.data.recipes import RECIPES
 from synco_fast.data.samples import Index
 
@@ -188,3 +191,11 @@ def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert (a.epoch, a.step) == (b.epoch, b.step)
         assert all(map(torch.equal, a.views, b.views))
+
+
+def dali_reads(count: int, read: Callable[[Any], tuple[Any, ...]]) -> list[list[bytes]]:
+    """The outputs of DALI's own reader for each of so many samples, on the CPU."""
+    fn, _, pipeline_def = dali()
+    pipeline = pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)(lambda: read(fn))()
+    pipeline.build()
+    return [[np.asarray(output[0]).tobytes() for output in pipeline.run()] for _ in range(count)]

@@ -95,6 +95,8 @@ def _pack_split(index: Index, folder: Path, shard_bytes: int) -> Index:
             write_atomically(
                 folder / shards[-1], partial(_write_shard, entries, shard_bytes, partial(bar.advance, task))
             )
+            if bar.disable:
+                print(f"wrote {folder / shards[-1]}", file=sys.stderr, flush=True)
     written = scan_shards(folder, shards)
     _check_keys(folder, written.files, keys)
     packed = Index(folder, written.files, index.labels, index.classes, written.shards, written.extents)

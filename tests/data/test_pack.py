@@ -19,7 +19,7 @@ from synco_fast.data.samples import read_bytes
 from synco_fast.data.shards import INDEX_NAME
 from tests.command import call, check_error, contents
 from tests.conftest import SYNCO_FAST, environment
-from tests.formats import FORMATS, batches, check_same, write_tar
+from tests.formats import FORMATS, batches, check_same, dali_reads, write_tar
 
 SIZE = "0.05"
 
@@ -28,7 +28,8 @@ SIZE = "0.05"
 def packed(jpeg_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("packed") / "a" / "b"
     done = call("data", "pack", jpeg_root, output, "--shard-size", SIZE)
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0, done.err
+    assert [line for line in done.err.splitlines() if not line.startswith(f"wrote {output}")] == []
     assert f"{output / 'train'}: 60 images in" in done.out and f"{output / 'val'}: 12 images in" in done.out
     return output
 
@@ -73,6 +74,15 @@ def test_shards_are_plain_tar_files_of_the_size_asked_for(packed: Path, jpeg_roo
     assert unpacked.labels is not None
     for name, label in zip(unpacked.files, unpacked.labels.tolist(), strict=True):
         assert (tmp_path / name).with_suffix(".cls").read_text() == str(label)
+
+
+def test_dali_reads_the_same(packed: Path) -> None:
+    index = scan(packed)
+    assert index.labels is not None
+    paths = [str(shard.path) for shard in index.shards]
+    found = dali_reads(60, lambda fn: tuple(fn.readers.webdataset(paths=paths, ext=["jpg", "cls"])))
+    labels = [str(label).encode() for label in index.labels.tolist()]
+    assert found == [[data, label] for data, label in zip(all_bytes(index), labels, strict=True)]
 
 
 def test_one_image_may_exceed_the_size(jpeg_root: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import torch
 from synco_fast.data import samples
 from synco_fast.data.index import Index, held_out, scan
 from synco_fast.data.listing import write_list
-from synco_fast.data.pipeline import dali
 from synco_fast.data.samples import open_image, read_bytes
 from synco_fast.data.stats import statistics
 from synco_fast.errors import UserError
@@ -28,6 +27,7 @@ from tests.formats import (
     as_tfrecord,
     batches,
     check_same,
+    dali_reads,
     delimited,
     example,
     framed,
@@ -179,14 +179,6 @@ def test_folders_that_contradict_the_numbers_are_not_names(folder: Index, tmp_pa
     members = [("a/1.jpg", image), ("a/1.cls", b"0"), ("a/2.jpg", image), ("a/2.cls", b"5")]
     write_tar(tmp_path / "x.tar", members)
     assert scan(tmp_path).classes == ("0", "5")
-
-
-def dali_reads(count: int, read: Callable[[Any], tuple[Any, ...]]) -> list[list[bytes]]:
-    """The outputs of DALI's own reader for each of so many samples, on the CPU."""
-    fn, _, pipeline_def = dali()
-    pipeline = pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)(lambda: read(fn))()
-    pipeline.build()
-    return [[np.asarray(output[0]).tobytes() for output in pipeline.run()] for _ in range(count)]
 
 
 def test_dali_reads_the_same_from_tar(folder: Index, tmp_path: Path) -> None:
