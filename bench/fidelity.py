@@ -40,7 +40,7 @@ def pipeline_views(
     index: Index, parameters: ViewParameters, recipe: Recipe, size: int, *, augmentation: Augmentation = "auto"
 ) -> np.ndarray:
     """All images' views from the DALI pipeline: (n, size, size, 3) uint8."""
-    encoded = [read_image(index.path(i))[0] for i in range(len(index))]
+    encoded = [read_image(index.sample(i))[0] for i in range(len(index))]
     numbers = view_numbers(parameters, recipe, size).numpy()
     batches = iter([[encoded, numbers, numbers]])
     pipeline = train_pipeline(

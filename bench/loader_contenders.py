@@ -78,7 +78,7 @@ def ours(augmentation: Augmentation) -> Callable[[Setting], Batches]:
 def read_only(setting: Setting) -> Batches:
     """Our loader's files and headers, one batch after another on one thread."""
     for rows in _endless_rows(setting):
-        yield read_all([setting.index.path(i) for i in rows])
+        yield read_all([setting.index.sample(i) for i in rows])
 
 
 def read_and_decode(setting: Setting) -> Batches:
@@ -101,7 +101,7 @@ def read_and_decode(setting: Setting) -> Batches:
         pipeline.build()
         return pipeline
 
-    requests = (Request([setting.index.path(i) for i in rows], lambda sizes: []) for rows in _endless_rows(setting))
+    requests = (Request([setting.index.sample(i) for i in rows], lambda sizes: []) for rows in _endless_rows(setting))
     stream = Stream(build, requests, device=setting.device, threads=setting.threads, prefetch=setting.prefetch)
     with closing(stream):
         yield from stream

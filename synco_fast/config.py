@@ -40,7 +40,7 @@ class Data(Section):
     """What is read, and how views are made."""
 
     root: PathText | None = Field(
-        None, description="folder of images (train/<class>/*, <class>/* or flat) or a file list"
+        None, description="folder of images (train/<class>/*, <class>/* or flat) or of shards, or a list: see data.md"
     )
     batch_size: Positive = Field(256, description="images of one optimizer step, over all processes")
     recipe: Literal["moco_v2", "moco_v1"] = Field("moco_v2", description="augmentations")

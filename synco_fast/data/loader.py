@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from synco_fast.data.index import Index
 from synco_fast.data.numbers import evaluation_numbers, view_numbers
 from synco_fast.data.operator import Augmentation
 from synco_fast.data.order import Position, batch_positions, batch_samples, epoch_order, steps_per_epoch
 from synco_fast.data.pipeline import VIEWS, Arrays, evaluation_pipeline, train_pipeline
 from synco_fast.data.recipes import Recipe
+from synco_fast.data.samples import Index
 from synco_fast.data.stream import Request, Stream
 from synco_fast.data.views import view_parameters
 from synco_fast.errors import UserError
@@ -141,7 +141,7 @@ class TrainLoader:
                 threading.Thread(target=epoch_order, args=(len(self._index), self._seed, epoch + 1)).start()
             samples = batch_samples(len(self._index), self._batch_size, self._seed, epoch, step, *shard)
             positions = batch_positions(self._batch_size, step, *shard)
-            yield Request([self._index.path(i) for i in samples.tolist()], partial(self._inputs, epoch, positions))
+            yield Request([self._index.sample(i) for i in samples.tolist()], partial(self._inputs, epoch, positions))
 
     def _inputs(self, epoch: int, positions: Tensor, sizes: Tensor) -> Arrays:
         views = (view_parameters(sizes, self._recipe, self._seed, epoch, positions, view) for view in range(VIEWS))
@@ -229,7 +229,7 @@ class EvalLoader:
 
     def _requests(self) -> Iterator[Request]:
         for rows in self._rows:
-            yield Request([self._index.path(i) for i in rows], self._inputs)
+            yield Request([self._index.sample(i) for i in rows], self._inputs)
 
     def _inputs(self, sizes: Tensor) -> Arrays:
         return [evaluation_numbers(sizes, *self._sizes).numpy()]

@@ -2,12 +2,12 @@
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from synco_fast.data.samples import Sample, open_image, read_bytes
 from synco_fast.errors import UserError
 
 # What PIL calls the formats that the decoder handles; MPO is a JPEG with further pictures behind it.
@@ -24,54 +24,54 @@ class Header:
     format: str
 
 
-def read_image(path: Path) -> tuple[np.ndarray, Header]:
+def read_image(sample: Sample) -> tuple[np.ndarray, Header]:
     """A file's bytes, (n,) uint8, still encoded, and its header.
 
     Raises:
         UserError: unreadable, empty, or not an image of a supported format; names the file.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(sample)
     except OSError as error:
-        raise _unreadable(path, error) from error
-    return np.frombuffer(data, np.uint8), _parse_header(path, io.BytesIO(data))
+        raise _unreadable(sample, error) from error
+    return np.frombuffer(data, np.uint8), _parse_header(sample, io.BytesIO(data))
 
 
-def read_header(path: Path) -> Header:
+def read_header(sample: Sample) -> Header:
     """A file's header alone, reading no more than it needs.
 
     Raises:
         UserError: as `read_image`.
     """
     try:
-        with path.open("rb") as file:
-            return _parse_header(path, file)
+        with open_image(sample) as file:
+            return _parse_header(sample, file)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(sample, error) from error
 
 
-def decoding_fault(path: Path) -> str | None:
+def decoding_fault(sample: Sample) -> str | None:
     """Why an image's pixels cannot be decoded, or None if they can."""
     try:
-        with Image.open(path) as image:
+        with open_image(sample) as file, Image.open(file) as image:
             image.load()
     except _NOT_AN_IMAGE as error:
         return str(error)
     return None
 
 
-def _parse_header(path: Path, file: BinaryIO) -> Header:
+def _parse_header(sample: Sample, file: BinaryIO) -> Header:
     try:
         with Image.open(file) as image:
             header = Header(image.height, image.width, image.format or "unknown")
     except _NOT_AN_IMAGE as error:
         raise UserError(
-            f"image file {path} is empty or not a readable image; replace or remove it ({error})"
+            f"image file {sample} is empty or not a readable image; replace or remove it ({error})"
         ) from error
     if header.format not in _FORMATS:
-        raise UserError(f"image file {path} is a {header.format}; supported are {', '.join(_FORMATS)}")
+        raise UserError(f"image file {sample} is a {header.format}; supported are {', '.join(_FORMATS)}")
     return header
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"image file {path} cannot be read: {error.strerror}")
+def _unreadable(sample: Sample, error: OSError) -> UserError:
+    return UserError(f"image file {sample} cannot be read: {error.strerror}")

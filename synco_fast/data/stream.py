@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from synco_fast.data.pipeline import Arrays, Source
 from synco_fast.data.reader import Header, decoding_fault, read_image
+from synco_fast.data.samples import Sample, close_shards
 from synco_fast.errors import UserError
 
 Image = tuple[np.ndarray, Header]
@@ -29,11 +29,11 @@ class Request:
     """One batch to make.
 
     Attributes:
-        paths: its B files, in row order.
+        samples: its B images, in row order.
         inputs: from (B, 2) int64 heights and widths to the pipeline inputs that follow the encoded images.
     """
 
-    paths: list[Path]
+    samples: list[Sample]
     inputs: Callable[[Tensor], Arrays]
 
 
@@ -93,6 +93,7 @@ class Stream:
         """Stop the threads; batches already handed out stay valid."""
         self._pool.shutdown(cancel_futures=True)
         self._pipeline = None
+        close_shards()
 
     def _advance(self) -> tuple[Tensor, ...]:
         if not self._scheduled:
@@ -114,7 +115,7 @@ class Stream:
         try:
             batches = self._pipeline.share_outputs(stream)
         except RuntimeError as error:
-            raise _explain(error, self._running[0].paths) from error
+            raise _explain(error, self._running[0].samples) from error
         outputs = tuple(from_dlpack(batch.as_tensor()) for batch in batches)
         self._pipeline.release_outputs()
         return outputs
@@ -136,31 +137,31 @@ class Stream:
 
     def _read_ahead(self, batches: int) -> None:
         for request in islice(self._requests, batches):
-            parts = [self._pool.submit(read_all, request.paths[i :: self._threads]) for i in range(self._threads)]
+            parts = [self._pool.submit(read_all, request.samples[i :: self._threads]) for i in range(self._threads)]
             # The pool is first in, first out, so the parts are under way before this waits for them.
             self._reading.append((request, self._pool.submit(_assemble, request, parts)))
 
 
-def read_all(paths: list[Path]) -> list[Image]:
-    return [read_image(path) for path in paths]
+def read_all(samples: list[Sample]) -> list[Image]:
+    return [read_image(sample) for sample in samples]
 
 
 def _assemble(request: Request, parts: list[Future[list[Image]]]) -> Arrays:
     images: dict[int, Image] = {}
     for i, part in enumerate(parts):
-        images.update(zip(range(i, len(request.paths), len(parts)), part.result(), strict=True))
-    rows = [images[row] for row in range(len(request.paths))]
+        images.update(zip(range(i, len(request.samples), len(parts)), part.result(), strict=True))
+    rows = [images[row] for row in range(len(request.samples))]
     sizes = torch.tensor([(header.height, header.width) for _, header in rows])
     return [[data for data, _ in rows], *request.inputs(sizes)]
 
 
-def _explain(error: RuntimeError, paths: list[Path]) -> Exception:
+def _explain(error: RuntimeError, samples: list[Sample]) -> Exception:
     """A pipeline's error, naming the files whose pixels cannot be decoded or, if PIL decodes all, the whole batch's."""
-    faults = [(path, decoding_fault(path)) for path in paths]
-    named = [f"image file {path} cannot be decoded: {fault}" for path, fault in faults if fault is not None]
+    faults = [(sample, decoding_fault(sample)) for sample in samples]
+    named = [f"image file {sample} cannot be decoded: {fault}" for sample, fault in faults if fault is not None]
     if not named and "decod" not in str(error):
         return error
     if not named:
-        names = ", ".join(path.name for path in paths)
+        names = ", ".join(sample.name for sample in samples)
         return UserError(f"DALI cannot decode an image of this batch ({names}), although PIL can: {error}")
     return UserError("; ".join(named) + "; replace or remove " + ("it" if len(named) == 1 else "them"))

@@ -42,7 +42,7 @@ def views(
     index: Index, parameters: list[ViewParameters], recipe: Recipe, augmentation: Augmentation, dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """Both views as the pipeline gives them, (B, SIZE, SIZE, 3)."""
-    encoded = [read_image(index.path(i))[0] for i in range(len(index))]
+    encoded = [read_image(index.sample(i))[0] for i in range(len(index))]
     batches = iter([[encoded, *(view_numbers(view, recipe, SIZE).numpy() for view in parameters)]])
     pipeline = train_pipeline(
         lambda: next(batches),
