@@ -159,22 +159,21 @@ def channel_statistics(index: Index, size: int, views: int) -> list[Row]:
 
 
 class Moments:
-    """Channel means, in 0..255 so that they are far from 0, and variances of views that are added one by one."""
+    """Channel means and variances, in units of 0..255, of views that are added one by one."""
 
     names = tuple(f"{what} of {channel}" for what in ("mean", "variance") for channel in ("red", "green", "blue"))
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, torch.zeros(3).double(), torch.zeros(3).double()
+        self._counts = torch.zeros(3, 256, dtype=torch.float64)
 
     def add(self, view: Tensor) -> None:
-        pixels = to_pixels(view, IMAGENET_MEAN, IMAGENET_STD).reshape(-1, 3).double()
-        self._count += len(pixels)
-        self._sum += pixels.sum(dim=0)
-        self._squares += pixels.square().sum(dim=0)
+        channels = to_pixels(view, IMAGENET_MEAN, IMAGENET_STD).reshape(-1, 3).unbind(dim=1)
+        self._counts += torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
 
     def values(self) -> list[float]:
-        mean = self._sum / self._count
-        return [*mean.tolist(), *(self._squares / self._count - mean.square()).tolist()]
+        shares, levels = self._counts / self._counts.sum(dim=1, keepdim=True), torch.arange(256.0).double()
+        mean = shares @ levels
+        return [*mean.tolist(), *(shares @ levels.square() - mean.square()).tolist()]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -113,8 +113,8 @@ def data_wait(config: Path, data: Path, steps: int) -> Row:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [line for line in map(json.loads, lines) if line["kind"] == "train"]
-    last = logged[-1]  # the first holds what starts up
-    kept = {"images_per_second": last["images_per_second"], "data_wait": last["data_wait"]}
+    timing = logged[-1]["timing"]  # the first holds what starts up
+    kept = {name: timing[name] for name in ("images_per_second", "data_wait")}
     return {"contender": "pretrain", "config": config.name, "steps": steps, **kept}
 
 
