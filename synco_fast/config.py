@@ -49,6 +49,10 @@ class Data(Section):
     dtype: Literal["fp32", "fp16"] = Field("fp32", description="dtype in which the pipeline hands over images")
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="CPU threads of the pipeline of each process")
     prefetch: Annotated[int, Field(ge=1, le=1024)] = Field(2, description="batches prepared ahead")
+    on_corrupt: Literal["fail", "skip"] = Field(
+        "fail",
+        description="a file that cannot be decoded ends the run, or is left out and another image takes its place",
+    )
 
 
 class Model(Section):

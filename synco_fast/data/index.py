@@ -12,7 +12,7 @@ from torch import Tensor
 
 from synco_fast.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 HELD_OUT_SPLITS = ("val", "test")
 _LAYOUTS = (
     "expected <split>/<class>/* or <class>/* with images in class folders, a flat folder of images, "
