@@ -125,6 +125,30 @@ def stats(root: DataRoot) -> None:
     typer.echo(table(statistics(scan(root))))
 
 
+@data_app.command()
+def verify(
+    root: DataRoot,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a list of the good files there, to be given as data.root.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as CPUs if not given.")] = None,
+) -> None:
+    """Decode every image and name those that cannot be. Exit code 1 if there are any."""
+    from synco_fast.data import verify as verification
+    from synco_fast.data.index import scan
+
+    index = scan(root)
+    if output is not None:
+        verification.list_prefix(index, output)  # not after an hour of decoding
+    report = verification.verify(index, workers)
+    typer.echo(report.text())
+    if output is not None:
+        verification.write_list(report.good(), output)
+        typer.echo(f"wrote the good ones to {output}")
+    if report.faults:
+        raise typer.Exit(EXIT_ERROR)
+
+
 @app.command()
 def doctor() -> None:
     """Print devices, versions and what can be used here; for what cannot, why and how to get it."""

@@ -89,8 +89,9 @@ def scan(root: Path, split: str = "train") -> Index:
 
 
 def held_out(root: Path) -> Index | None:
-    """The held-out split, `root/val` or else `root/test`; None where there is neither."""
+    """The held-out split, `val/` or else `test/` in root, or beside it if it is a list; None where there is neither."""
     root = Path(root)
+    root = root.parent if root.is_file() else root
     for split in HELD_OUT_SPLITS:
         if (root / split).is_dir():
             return _scan_folder(root / split)
@@ -180,8 +181,17 @@ def _scan_list(listing: Path) -> Index:
             f"file list {listing} names {len(missing)} files that do not exist: {_examples(missing)}; "
             f"paths are relative to {listing.parent}"
         )
-    classes = tuple(str(number) for number in range(max(labels) + 1)) if labels else ()
+    classes = _class_names(files, labels) if labels else ()
     return Index(listing.parent, files, torch.tensor(labels, dtype=torch.int64) if labels else None, classes)
+
+
+def _class_names(files: Sequence[str], labels: Sequence[int]) -> tuple[str, ...]:
+    """By number: the names of the folders, where every class has its own, or else the numbers."""
+    folders = {(label, file.rpartition("/")[0]) for file, label in zip(files, labels, strict=True)}
+    names = {label: folder.rpartition("/")[2] for label, folder in folders}
+    if len(folders) == len(names) == len(set(names.values()) - {""}) == max(names) + 1:
+        return tuple(names[number] for number in range(len(names)))
+    return tuple(str(number) for number in range(max(names) + 1))
 
 
 def _parse_line(listing: Path, number: int, line: str) -> tuple[str, int | None]:
