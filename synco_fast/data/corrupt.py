@@ -48,7 +48,8 @@ class Checker:
             data, header = read_image(self._index.path(sample))
         except BadFile as error:
             return Checked(error.reason, None)
-        self._inputs = [[data], *evaluation_inputs(torch.tensor([[header.height, header.width]]), _SIDE, _SIDE)]
+        sizes = torch.tensor([[header.height, header.width]])
+        self._inputs[:] = [[data], *evaluation_inputs(sizes, _SIDE, _SIDE)]
         try:
             self._pipeline = self._pipeline or self._build()
             self._pipeline.run()
@@ -60,8 +61,9 @@ class Checker:
         return Checked(None, header.format)
 
     def _build(self) -> Any:
+        inputs = self._inputs  # not self, so that the pipeline's threads end when the checker goes
         return evaluation_pipeline(
-            lambda: self._inputs,
+            lambda: inputs,
             batch_size=1,
             image_size=_SIDE,
             dtype=torch.float32,

@@ -93,7 +93,8 @@ class Stream:
     def close(self) -> None:
         """Stop the threads; batches already handed out stay valid."""
         self._pool.shutdown(cancel_futures=True)
-        self._pipeline = None
+        # An error's traceback holds the pipeline, whose threads end when it goes.
+        self._pipeline = self._failure = None
 
     def _advance(self) -> tuple[Tensor, ...]:
         if not self._scheduled:
@@ -122,12 +123,13 @@ class Stream:
         if not self._reading:
             raise StopIteration
         request, reading = self._reading.popleft()
-        try:
-            arrays = reading.result()
-        except Exception as error:
+        # Not raised here: `reading` holds the error, whose traceback would hold this frame and so DALI's pipeline.
+        error = reading.exception()
+        if error is not None:
             self._failure = error  # raised by __next__ once the batches before it are out
             self._reading.clear()
-            raise StopIteration from None
+            raise StopIteration
+        arrays = reading.result()
         self._running.append(request)
         self._read_ahead(1)
         return arrays
