@@ -75,11 +75,13 @@ def rank_order(
     rows = steps_per_epoch(n, batch_size) * batch_size
     own = order[:rows].view(-1, world_size, batch_size // world_size)[:, rank].flatten()
     spare = order[rows:].flip(0)[rank::world_size].flip(0)
-    return _without(torch.cat([own, spare]), skipped)
+    return _without(torch.cat([own, spare]), n, skipped)
 
 
-def _without(order: Tensor, skipped: tuple[int, ...]) -> Tensor:
-    slots = {int(order[i]): i for i in torch.isin(order, torch.tensor(skipped)).nonzero().flatten().tolist()}
+def _without(order: Tensor, n: int, skipped: tuple[int, ...]) -> Tensor:
+    unwanted = torch.zeros(n, dtype=torch.bool)
+    unwanted[list(skipped)] = True
+    slots = {int(order[slot]): slot for slot in unwanted[order].nonzero().flatten().tolist()}
     end = len(order)
     for sample in skipped:
         if sample not in slots:  # in another rank's share of this epoch

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from synco_fast.data.index import scan
+from synco_fast.engine.distributed import Processes
+from synco_fast.engine.run import _place
 from tests.command import call, check_error
 from tests.conftest import TINY, environment
 from tests.data.conftest import photograph
@@ -127,6 +130,16 @@ def test_two_processes_replace_from_shares_of_their_own(
     found = [*first["skipped"], *second["skipped"]]
     assert found and not set(found) & set(samples)
     assert {names[i] for i in found} <= bad and not bad & {names[i] for i in samples}
+
+
+def test_lists_of_skipped_files_on_another_number_of_processes() -> None:
+    saved = {"epoch": 1, "step": 2, "skipped": [[3, 1], [1, 7]]}
+
+    def skipped(rank: int, world_size: int) -> list[int]:
+        return _place(saved, Processes(rank, world_size, torch.device("cpu")), Path("latest.pt"))["skipped"]
+
+    assert [skipped(0, 2), skipped(1, 2)] == saved["skipped"]
+    assert skipped(0, 1) == skipped(3, 4) == [3, 1, 7]
 
 
 def test_verify_and_what_its_list_is_good_for(
