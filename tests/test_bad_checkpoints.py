@@ -101,6 +101,10 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] =
         edited(lambda state: state["loader"].update(epoch="one")),
         ("place in the data", "one"),
     ),
+    "skipped files that are not there": (
+        edited(lambda state: state["loader"].update(skipped=[[100]])),
+        ("place in the data", "out of range"),
+    ),
     "configuration of another version": (
         edited(lambda state: state["config"]["data"].update(crops=2)),
         ("data.crops is None, was 2",),

@@ -67,7 +67,7 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
         checkpoints.check_same_run(state, path, config, data)
 
     contrast = build_contrast(config, processes)
-    place = {} if state is None else _place(state["loader"], processes, path)
+    place = {} if state is None else _place(state["loader"], processes, path, len(index))
     loader = build_loader(config, processes, index, place)
     trainer = Trainer(config, processes, contrast, loader, _probe(config, processes, index), output, data)
     if state is not None and path is not None:
@@ -129,13 +129,16 @@ def build_loader(config: Config, processes: Processes, index: Index, place: dict
     )
 
 
-def _place(saved: dict[str, Any], processes: Processes, path: Path | None) -> dict[str, Any]:
+def _place(saved: dict[str, Any], processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
     """Place and skipped samples of this process's loader. With another number of processes, all know all of them."""
     try:
         lists = [[int(sample) for sample in part] for part in saved["skipped"]]
         known = lists[processes.rank : processes.rank + 1] if len(lists) == processes.world_size else lists
         skipped = list(dict.fromkeys(sample for part in known for sample in part))
-        return {"epoch": int(saved["epoch"]), "step": int(saved["step"]), "skipped": skipped}
+        epoch, step = int(saved["epoch"]), int(saved["step"])
+        if min(epoch, step, *skipped, 0) < 0 or max(skipped, default=0) >= samples:
+            raise ValueError("numbers out of range")
+        return {"epoch": epoch, "step": step, "skipped": skipped}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: cannot resume, its place in the data is not readable: {error!r}") from error
 

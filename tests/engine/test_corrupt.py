@@ -136,7 +136,7 @@ def test_lists_of_skipped_files_on_another_number_of_processes() -> None:
     saved = {"epoch": 1, "step": 2, "skipped": [[3, 1], [1, 7]]}
 
     def skipped(rank: int, world_size: int) -> list[int]:
-        return _place(saved, Processes(rank, world_size, torch.device("cpu")), Path("latest.pt"))["skipped"]
+        return _place(saved, Processes(rank, world_size, torch.device("cpu")), Path("latest.pt"), 8)["skipped"]
 
     assert [skipped(0, 2), skipped(1, 2)] == saved["skipped"]
     assert skipped(0, 1) == skipped(3, 4) == [3, 1, 7]
