@@ -49,8 +49,8 @@ def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.argsort((high >> 1) << 32 | low, stable=True)
 
 
-# Two entries, as above.
-@lru_cache(maxsize=2)
+# Three entries: of the batch handed out, of those read ahead, and the one made in advance.
+@lru_cache(maxsize=3)
 def rank_order(
     n: int, batch_size: int, seed: int, epoch: int, rank: int, world_size: int, skipped: tuple[int, ...] = ()
 ) -> Tensor:
