@@ -142,6 +142,31 @@ def pack(
         typer.echo(f"{folder}: {len(index)} images in {len(index.shards)} shards")
 
 
+@data_app.command()
+def verify(
+    root: DataRoot,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a list of the good files there, to be given as data.root.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as CPUs if not given.")] = None,
+) -> None:
+    """Decode every image and name those that cannot be. Exit code 1 if there are any."""
+    from synco_fast.data import verify as verification
+    from synco_fast.data.index import scan
+    from synco_fast.data.listing import check_listable, write_list
+
+    index = scan(root)
+    if output is not None:
+        check_listable(index, output)  # not after an hour of decoding
+    report = verification.verify(index, workers)
+    typer.echo(report.text())
+    if output is not None:
+        write_list(report.good(), output)
+        typer.echo(f"wrote the good ones to {output}")
+    if report.faults:
+        raise typer.Exit(EXIT_ERROR)
+
+
 @app.command()
 def doctor() -> None:
     """Print devices, versions and what can be used here; for what cannot, why and how to get it."""

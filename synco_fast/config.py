@@ -52,6 +52,10 @@ class Data(Section):
     )
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="CPU threads of the pipeline of each process")
     prefetch: Annotated[int, Field(ge=1, le=1024)] = Field(2, description="batches prepared ahead")
+    on_corrupt: Literal["fail", "skip"] = Field(
+        "fail",
+        description="a file that cannot be decoded ends the run, or is left out and another image takes its place",
+    )
 
 
 class Model(Section):

@@ -49,10 +49,14 @@ def scan(root: Path, split: str = "train") -> Index:
 
 
 def held_out(root: Path) -> Index | None:
-    """The held-out split, `val` or else `test`; None where there is neither."""
+    """The held-out split, `val` or else `test`: in a folder, or beside a list or what it lists. None: no such."""
     root = Path(root)
-    found = splits(root) if root.is_dir() else []
-    return next((_scan_split(root, split) for split in HELD_OUT_SPLITS if split in found), None)
+    for folder in (root,) if root.is_dir() else (root.parent, scan(root).root.parent):
+        found = splits(folder) if folder.is_dir() else []
+        for split in HELD_OUT_SPLITS:
+            if split in found:
+                return _scan_split(folder, split)
+    return None
 
 
 def splits(root: Path) -> list[str]:

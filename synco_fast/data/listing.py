@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from synco_fast.data.samples import IMAGE_SUFFIXES, LAYOUTS, Index, Shard, examples
+from synco_fast.data.shards import is_shard
 from synco_fast.errors import UserError
 from synco_fast.files import write_text_atomically
 
@@ -33,12 +34,14 @@ _NUMBER_DIGITS = 18
 _LABEL_DIGITS = 7
 
 
-def check_listable(index: Index) -> None:
-    """Refuse names that a list cannot hold.
+def check_listable(index: Index, path: Path) -> None:
+    """Refuse what `write_list` would.
 
     Raises:
-        UserError: names the first.
+        UserError: a list at `path` would not be taken for one, or cannot hold a name; says which.
     """
+    if path.suffix.lower() in IMAGE_SUFFIXES or is_shard(path.name):
+        raise UserError(f"{path}: a list of images cannot be named like an image or a shard; name it .txt")
     for name in itertools.chain(index.files, index.classes, (shard.path.name for shard in index.shards)):
         broken = name != name.strip() or name.startswith("# ") or any(char in name for char in "\t\n\r")
         if broken or name.encode(errors="ignore").decode() != name:
@@ -54,7 +57,7 @@ def write_list(index: Index, path: Path) -> None:
     Raises:
         UserError: a name cannot be listed, or the file cannot be written.
     """
-    check_listable(index)
+    check_listable(index, path)
     root, folder = index.root.resolve(), path.parent.resolve()
     lines = [] if root == folder else [f"# root\t{root.relative_to(folder) if root.is_relative_to(folder) else root}"]
     lines += [f"# class\t{label}\t{name}" for label, name in enumerate(index.classes)]
@@ -137,7 +140,7 @@ class _Parser:
             raise UserError(f"file list {self.listing} labels {len(numbers)} of {len(labels)} files; label all or none")
         count = max(max(numbers), max(self.classes, default=0)) + 1
         if not self.classes:
-            return torch.tensor(numbers), tuple(str(number) for number in range(count))
+            return torch.tensor(numbers), self._folders(count) or tuple(str(number) for number in range(count))
         missing = sorted(set(range(count)) - set(self.classes))
         if missing:
             raise UserError(
@@ -145,6 +148,14 @@ class _Parser:
                 f"{missing[0]}; name all or none"
             )
         return torch.tensor(numbers), tuple(self.classes[number] for number in range(count))
+
+    def _folders(self, count: int) -> tuple[str, ...] | None:
+        """Names of the folders by class number, where every class has a folder of its own."""
+        pairs = {(label, path.rpartition("/")[0]) for path, label in self.in_files}
+        names = {label: folder.rpartition("/")[2] for label, folder in pairs}
+        if not len(pairs) == len(names) == len(set(names.values()) - {""}) == count:
+            return None
+        return tuple(names[label] for label in range(count))
 
     def _heed(self, where: str, fields: list[str]) -> None:
         if fields[0] == "# root" and len(fields) == 2:

@@ -51,7 +51,7 @@ def pack(source: Path, output: Path, shard_bytes: int) -> list[tuple[Path, Index
     names = splits(source) if source.is_dir() else []
     parts = [(output / name, scan(source, name)) for name in names] or [(output, scan(source))]
     for folder, index in parts:
-        check_listable(index)
+        check_listable(index, folder / INDEX_NAME)
         _check_folder(folder, _state(index, shard_bytes))
     for folder, index in parts:
         folder.mkdir(parents=True, exist_ok=True)

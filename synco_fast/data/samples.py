@@ -14,7 +14,7 @@ from torch import Tensor
 
 from synco_fast.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LAYOUTS = (
     "expected <split>/<class>/* or <class>/* with images in class folders, a flat folder of images, "
     "a folder of shards (*.tar, *.tfrecord), or a text file listing one image per line"
