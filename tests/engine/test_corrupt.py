@@ -154,10 +154,10 @@ def test_verify_and_what_its_list_is_good_for(
     for name in bad:
         assert f"\n  {name}\n" in done.stdout
     index, clean = scan(root), scan(listing)
-    assert set(clean.files) == {f"train/{name}" for name in index.files if name not in bad}
+    assert set(clean.files) == {name for name in index.files if name not in bad}
     assert clean.classes == index.classes and clean.labels is not None
     assert all(
-        name.split("/")[1] == clean.classes[label] for name, label in zip(clean.files, clean.labels, strict=True)
+        name.split("/")[0] == clean.classes[label] for name, label in zip(clean.files, clean.labels, strict=True)
     )
 
     done = call("data", "verify", root / "val", "--workers", "1", "--output", root / "val" / "clean.txt")
