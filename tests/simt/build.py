@@ -73,7 +73,9 @@ def edited(name: str, files: Iterable[Path], edits: Mapping[str, Sequence[tuple[
     """
     folder = CACHE / f"edited-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in files:
+    paths = list(files)
+    assert edits.keys() <= {path.name for path in paths}
+    for path in paths:
         text = path.read_text()
         for old, new in edits.get(path.name, ()):
             found = text.count(old)
