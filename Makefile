@@ -55,8 +55,8 @@ KERNELS := $(wildcard kernels/*.cpp kernels/*/*.cpp kernels/*/*.h kernels/*/*/*.
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI) $(KERNELS)
 	@echo "Installing the pinned dependencies (several GB and some minutes the first time, silent until done)"
-	@# torch and DALI before the package, whose libraries are compiled against them
-	$(PIP_INSTALL) pip setuptools wheel torch nvidia-dali-$(DALI)0
+	@# Before the package, whose libraries are compiled against them. The last two hold headers that DALI's need.
+	$(PIP_INSTALL) pip setuptools wheel torch nvidia-dali-$(DALI)0 nvidia-cuda-crt nvidia-cuda-cccl
 	$(PIP_INSTALL) --no-build-isolation -e '.[$(DALI),dev]'
 	@$(BIN)/synco-fast doctor | sed -n '/^backends/,/^$$/p; /^augmentation/,/^$$/p'  # pip does not show what was built
 	@touch $@

@@ -129,9 +129,9 @@ def augmentation(flags: list[str], nvcc_flags: list[str] | None) -> list[Extensi
     except ImportError:
         say("DALI is not installed here, so the augmentation is left out (install DALI first)")
         return []
-    headers = [folder for folder in cuda_headers(CUDA_HOME) if os.path.exists(os.path.join(folder, "cuda_runtime.h"))]
-    if not headers:
-        say("DALI's headers need CUDA's, so the augmentation is left out (install the CUDA toolkit)")
+    headers = cuda_headers(CUDA_HOME)
+    if headers is None:
+        say("no CUDA headers, so no augmentation (install the CUDA toolkit, or nvidia-cuda-crt and nvidia-cuda-cccl)")
         return []
     # No FMAs, which round once where Pillow rounds twice. DALI's headers are not ours to warn about.
     ours = ["-std=c++17", "-ffp-contract=off", "-Wno-free-nonheap-object"]
@@ -151,7 +151,7 @@ def augmentation(flags: list[str], nvcc_flags: list[str] | None) -> list[Extensi
         Extension(
             "synco_fast._augment",
             sources=sources,
-            include_dirs=[os.path.abspath(folder) for folder in ("kernels/include", "kernels/cuda")] + [headers[0]],
+            include_dirs=[*(os.path.abspath(f"kernels/{folder}") for folder in ("include", "cuda")), headers],
             depends=sorted(glob.glob("kernels/**/*.h", recursive=True)),
             define_macros=macros,
             extra_compile_args={"cxx": [*flags, *ours], "nvcc": theirs},
@@ -160,11 +160,12 @@ def augmentation(flags: list[str], nvcc_flags: list[str] | None) -> list[Extensi
     ]
 
 
-def cuda_headers(cuda_home: str | None) -> list[str]:
-    """Folders where CUDA's headers may be: the toolkit's, and those that come with torch."""
-    packages = os.path.join(sysconfig.get_path("purelib"), "nvidia")
-    homes = [*([cuda_home] if cuda_home else []), *glob.glob(f"{packages}/cu1?"), f"{packages}/cuda_runtime"]
-    return [os.path.join(home, "include") for home in homes]
+def cuda_headers(cuda_home: str | None) -> str | None:
+    """A folder with CUDA's headers, the toolkit's or that of NVIDIA's packages; None if neither is whole."""
+    packages = glob.glob(os.path.join(sysconfig.get_path("purelib"), "nvidia/cu1*"))
+    folders = [os.path.join(home, "include") for home in (cuda_home, *packages) if home]
+    needed = ("cuda_runtime.h", "crt/host_config.h", "nv/target")
+    return next((folder for folder in folders if all(os.path.exists(os.path.join(folder, x)) for x in needed)), None)
 
 
 setup(

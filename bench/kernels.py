@@ -4,10 +4,6 @@ See bench/README.md.
 """
 
 import argparse
-import datetime
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +13,14 @@ from typing import Any
 import torch
 
 from bench import contenders, memory, rows
+from bench.about import about_run, default_output
 from bench.case import DTYPES, Case, inputs
 from bench.contenders import BASELINES, CONTENDERS, Step
-from bench.measure import Yardstick, device_name, interleaved, quantiles
+from bench.measure import Yardstick, interleaved, quantiles
 from bench.rows import Row
-from synco_fast import __version__
 from synco_fast.errors import UserError
-from synco_fast.machine import version
 from synco_fast.ops import KINDS, HardNegatives
 
-_REPOSITORY = Path(__file__).parent.parent
 _NONE, _SYNCO, _MOCHI = HardNegatives.none(), HardNegatives.synco(), HardNegatives.mochi()
 
 SWEEPS: dict[str, tuple[int, ...]] = {
@@ -156,44 +150,13 @@ def measure(todo: Sequence[Case], options: argparse.Namespace, yardstick: Yardst
     ]
 
 
-def about_run(device: str) -> Row:
-    """What all rows of a run share: device, threads, versions, commit, date."""
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "synco_fast": __version__,
-            "triton": version("triton"),
-            "cuda": torch.version.cuda if device == "cuda" else None,
-        },
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(_REPOSITORY), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def default_output(about: Row) -> Path:
-    """bench/results/kernels-<device>-<date>.jsonl, from the folder the command is run in."""
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    return Path("bench/results") / f"kernels-{device}-{about['date'][:10]}.jsonl"
-
-
 def run(options: argparse.Namespace) -> list[Row]:
     """Measure every point, write its rows as they come, and return all of them."""
     sizes = _sizes(options)
     present = [name for name in options.only if contenders.absent(name, options.device) is None]
     yardstick = Yardstick(options.device, options.dtypes, quick=options.quick)
-    about = about_run(options.device)
-    output = options.output or default_output(about)
+    about = about_run(options.device, ["triton"])
+    output = options.output or default_output("kernels", about)
     done: list[Row] = []
     todo = points(options.sweep, sizes, options.quick)
     for number, point in enumerate(todo, start=1):

@@ -19,10 +19,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Self-supervised pretraining with SynCo, MoCHi and MoCo v2 at the speed of the hardware.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at a data set as pretraining sees it.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at a data set as pretraining sees it, or pack it.")
 app.add_typer(data_app, name="data")
 
-DataRoot = Annotated[Path, typer.Argument(help="Folder (train/<class>/*, <class>/* or flat) or file list.")]
+DataRoot = Annotated[
+    Path, typer.Argument(help="Folder (train/<class>/*, <class>/*, flat, *.tar or *.tfrecord) or file list.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in optim.lr=0.06.")
 ]
@@ -123,6 +125,46 @@ def stats(root: DataRoot) -> None:
     from synco_fast.data.stats import statistics, table
 
     typer.echo(table(statistics(scan(root))))
+
+
+@data_app.command()
+def pack(
+    source: DataRoot,
+    output: Annotated[Path, typer.Argument(help="Folder for the shards: new, or one to go on with.")],
+    shard_size: Annotated[float, typer.Option(metavar="MB", help="Size of a shard in MB (10^6 bytes).")] = 500,
+) -> None:
+    """Copy a data set into WebDataset shards, all its splits; started again, it goes on where it was stopped."""
+    from synco_fast.data import pack as packing
+
+    if not 0 < shard_size < math.inf:
+        raise UserError(f"--shard-size {shard_size}: expected a number of MB above 0")
+    for folder, index in packing.pack(source, output, int(shard_size * 1e6)):
+        typer.echo(f"{folder}: {len(index)} images in {len(index.shards)} shards")
+
+
+@data_app.command()
+def verify(
+    root: DataRoot,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a list of the good files there, to be given as data.root.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; as many as CPUs if not given.")] = None,
+) -> None:
+    """Decode every image and name those that cannot be. Exit code 1 if there are any."""
+    from synco_fast.data import verify as verification
+    from synco_fast.data.index import scan
+    from synco_fast.data.listing import check_listable, write_list
+
+    index = scan(root)
+    if output is not None:
+        check_listable(index, output)  # not after an hour of decoding
+    report = verification.verify(index, workers)
+    typer.echo(report.text())
+    if output is not None:
+        write_list(report.good(), output)
+        typer.echo(f"wrote the good ones to {output}")
+    if report.faults:
+        raise typer.Exit(EXIT_ERROR)
 
 
 @app.command()

@@ -40,7 +40,7 @@ class Data(Section):
     """What is read, and how views are made."""
 
     root: PathText | None = Field(
-        None, description="folder of images (train/<class>/*, <class>/* or flat) or a file list"
+        None, description="folder of images (train/<class>/*, <class>/* or flat) or of shards, or a list: see data.md"
     )
     batch_size: Positive = Field(256, description="images of one optimizer step, over all processes")
     recipe: Literal["moco_v2", "moco_v1"] = Field("moco_v2", description="augmentations")
@@ -52,6 +52,10 @@ class Data(Section):
     )
     threads: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="CPU threads of the pipeline of each process")
     prefetch: Annotated[int, Field(ge=1, le=1024)] = Field(2, description="batches prepared ahead")
+    on_corrupt: Literal["fail", "skip"] = Field(
+        "fail",
+        description="a file that cannot be decoded ends the run, or is left out and another image takes its place",
+    )
 
 
 class Model(Section):

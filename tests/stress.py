@@ -19,6 +19,7 @@ import torch
 
 from synco_fast.files import write_text_atomically
 from tests import fuzz
+from tests.campaign import campaign
 from tests.conftest import REPOSITORY, TINY, environment, write_images
 from tests.engine.runs import differences, final_state, pretrain_command, rows
 
@@ -148,18 +149,29 @@ def random_calls(name: str, count: int, at_once: int = 100) -> None:
     Stage(name, count).run(run, at_once)
 
 
+def hostile_files(hostile: int) -> None:
+    """So many hostile files among ten times as many good ones."""
+
+    def run(first: int) -> None:
+        print(campaign(FOLDER / "hostile", 10 * hostile, hostile))
+
+    Stage(f"hostile files among {10 * hostile} good ones", hostile).run(run, at_once=hostile)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--op", type=int, default=2000)
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
+    parser.add_argument("--hostile", type=int, default=500)
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     Stage("op: eager against reference, float64", arguments.op).run(fuzz.op_case)
     for name in RANDOM_CALLS:
         random_calls(name, arguments.fused)
     Stage("mutated configurations", arguments.config).run(fuzz.config_case)
+    hostile_files(arguments.hostile)
     Kills(arguments.kills).run()
 
 

@@ -93,6 +93,18 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] =
     ),
     "meter of another length": (edited(lambda state: state["meter"].update(sums=torch.ones(2))), ("does not fit",)),
     "rng of another kind": (edited(lambda state: state["rng"].update(cpu=torch.ones(3))), ("does not fit",)),
+    "place in the data without skipped files": (
+        edited(lambda state: state["loader"].pop("skipped")),
+        ("place in the data", "skipped"),
+    ),
+    "place in the data of text": (
+        edited(lambda state: state["loader"].update(epoch="one")),
+        ("place in the data", "one"),
+    ),
+    "skipped files that are not there": (
+        edited(lambda state: state["loader"].update(skipped=[[100]])),
+        ("place in the data", "out of range"),
+    ),
     "configuration of another version": (
         edited(lambda state: state["config"]["data"].update(crops=2)),
         ("data.crops is None, was 2",),

@@ -164,10 +164,31 @@ def test_data_view(kind: str, images: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["view", "stats"])
+@pytest.mark.parametrize("command", ["view", "stats", "verify"])
 def test_data_of_a_missing_folder(command: str, tmp_path: Path) -> None:
     done = call("data", command, tmp_path / "gone")
     check_error(done.code, done.err, (str(tmp_path / "gone"), "does not exist"))
+
+
+@pytest.mark.parametrize(
+    ("output", "names"),
+    [("data/clean.jpg", ("clean.jpg", "named like an image")), ("aside/clean.txt", ("clean.txt", "or a folder above"))],
+)
+def test_data_verify_with_a_list_that_cannot_be(output: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    """Found out before anything is decoded."""
+    (tmp_path / "aside").mkdir()
+    write_images(tmp_path / "data", 1, seed=0)
+    done = call("data", "verify", tmp_path / "data", "--output", tmp_path / output)
+    check_error(done.code, done.err, names)
+    assert done.out == "" and not (tmp_path / output).exists()
+
+
+def test_data_verify_with_a_name_that_a_list_cannot_hold(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", 2, seed=0)
+    (tmp_path / "data" / "000.jpg").rename(tmp_path / "data" / "a\tb.jpg")
+    done = call("data", "verify", tmp_path / "data", "--output", tmp_path / "clean.txt", "--workers", "1")
+    check_error(done.code, done.err, (r"a\tb.jpg", "rename it"))
+    assert "2 images: 2 good, 0 bad" in done.out and not (tmp_path / "clean.txt").exists()
 
 
 def test_data_view_of_a_broken_image(tmp_path: Path) -> None:
@@ -188,6 +209,7 @@ USAGE: list[tuple[list[str], tuple[str, ...]]] = [
     (["knn", "x.pt", "--data", "y", "--k", "0"], ("--k", "equal to 1")),
     (["knn", "x.pt", "--data", "y", "--k", "many"], ("--k", "integer")),
     (["data", "stats"], ("root",)),
+    (["data", "verify", "x", "--workers", "0"], ("--workers", "equal to 1")),
 ]
 
 

@@ -22,9 +22,10 @@ HELP = {
     "demo": ("--output",),
     "pretrain": ("CONFIG", "--set", "KEY=VALUE", "--data", "--resume", "--print-config"),
     "knn": ("checkpoint", "--data", "--k", "--temperature"),
-    "data": ("view", "stats"),
+    "data": ("view", "stats", "pack"),
     "data view": ("root", "--output", "--images", "--recipe", "--image-size", "--seed"),
     "data stats": ("root",),
+    "data pack": ("source", "output", "--shard-size"),
     "doctor": ("--help",),
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from synco_fast.data import operator
 from synco_fast.ops.compiled import LIBRARY
 from tests.conftest import REPOSITORY, environment
 
@@ -100,7 +101,8 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
     package = tmp_path / "package"
     said = succeed(*PIP_INSTALL, "--target", package, sdist, cwd=tmp_path, CUDA_HOME="none")
     assert "synco_fast: building the CPU kernels only: " in said
-    assert (package / "synco_fast" / LIBRARY.name).is_file()
+    for library in (LIBRARY, operator.LIBRARY):
+        assert (package / "synco_fast" / library.name).is_file()
 
     said = succeed(sys.executable, "-c", USE, "cpu", "auto", cwd=tmp_path, PYTHONPATH=str(package))
     assert f"from {package}" in said
@@ -109,6 +111,7 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
     said = succeed(package / "bin" / "synco-fast", "doctor", cwd=tmp_path, PYTHONPATH=str(package))
     assert "  cpu        ok\n" in said
     assert "  cuda       the kernels were compiled without nvcc: with the CUDA toolkit of torch's version" in said
+    assert "  compiled, cpu  ok\n" in said
 
 
 def test_without_a_compiler(without_compiler: Path, tmp_path: Path) -> None:
@@ -123,6 +126,20 @@ def test_without_a_compiler(without_compiler: Path, tmp_path: Path) -> None:
     said = succeed(*doctor, cwd=tmp_path, PYTHONPATH=str(without_compiler), CXX="no-c++")
     assert f"  cpu        {reason}" in said and f"  cuda       {reason}" in said
     assert "  C++ compiler   no-c++ not found: the kernels need it; install g++\n" in said
+    missing = "the augmentation is not compiled: with a C++ compiler (g++) and DALI installed, pip install"
+    assert f"  compiled, cpu  {missing}" in said
+
+
+def test_views_without_a_compiler(without_compiler: Path, images: Path, tmp_path: Path) -> None:
+    """The same picture as with one, and a warning."""
+    pictures = []
+    for package in (without_compiler, REPOSITORY):
+        pictures.append(tmp_path / f"{len(pictures)}.png")
+        view = ("data", "view", images, "--output", pictures[-1], "--image-size", "48")
+        said = succeed(sys.executable, "-m", "synco_fast", *view, cwd=tmp_path, PYTHONPATH=str(package))
+        warning = "data.augmentation = auto: plain torch makes the views, slowly: the augmentation is not compiled"
+        assert (warning in said) == (package == without_compiler)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 @pytest.mark.parametrize(

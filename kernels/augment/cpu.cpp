@@ -18,6 +18,9 @@ namespace {
 #define SYNCO_CLONES
 #endif
 
+// Into the clones, or these would be compiled for the default instruction set alone.
+#define SYNCO_INLINE inline __attribute__((always_inline))
+
 constexpr int kRows = 4;    // resized along x together
 constexpr int kPixel = 4;   // bytes: red, green, blue and one more, so that a pixel is a word
 constexpr int kBlock = 64;  // bytes that fit the accumulators
@@ -174,22 +177,33 @@ void change_colours(const View& view, Planes planes, int n) {
   }
 }
 
-// One box filter over n values, whose neighbours are `step` apart and are there on both sides.
-SYNCO_CLONES void box_filter(const uint8_t* in, uint8_t* out, int n, int step, int radius, uint32_t weight,
-                             uint32_t edge_weight) {
+// One box filter over n values, whose neighbours are `step` apart and are there on both sides. With its radius known, sums
+// stay in registers.
+template <int known_radius>
+SYNCO_INLINE void box_filter_inline(const uint8_t* in, uint8_t* out, int n, int step, int any_radius, uint32_t weight,
+                                    uint32_t edge_weight) {
+  const int radius = known_radius < 0 ? any_radius : known_radius;
   for (int start = 0; start < n; start += kBlock) {
-    uint32_t inside[kBlock] = {}, beyond[kBlock];
     const uint8_t* const here = in + start;
-    for (int k = -radius; k <= radius; ++k) {
-      const uint8_t* const neighbour = here + k * step;
-      for (int i = 0; i < kBlock; ++i) inside[i] += neighbour[i];
-    }
     const uint8_t *const before = here - (radius + 1) * step, *const behind = here + (radius + 1) * step;
-    for (int i = 0; i < kBlock; ++i) beyond[i] = before[i] + static_cast<uint32_t>(behind[i]);
+    uint16_t inside[kBlock], beyond[kBlock];
+    for (int i = 0; i < kBlock; ++i) inside[i] = here[i];
+    for (int k = 1; k <= radius; ++k) {
+      for (int i = 0; i < kBlock; ++i) inside[i] += static_cast<uint16_t>(here[i - k * step] + here[i + k * step]);
+    }
+    for (int i = 0; i < kBlock; ++i) beyond[i] = static_cast<uint16_t>(before[i] + behind[i]);
     for (int i = 0; i < kBlock; ++i) {
       out[start + i] = static_cast<uint8_t>(box(inside[i], beyond[i], weight, edge_weight));
     }
   }
+}
+
+SYNCO_CLONES void box_filter(const uint8_t* in, uint8_t* out, int n, int step, int radius, uint32_t weight,
+                             uint32_t edge_weight) {
+  // A standard deviation of up to 2 pixels has radius 0 or 1.
+  if (radius == 0) box_filter_inline<0>(in, out, n, step, radius, weight, edge_weight);
+  else if (radius == 1) box_filter_inline<1>(in, out, n, step, radius, weight, edge_weight);
+  else box_filter_inline<-1>(in, out, n, step, radius, weight, edge_weight);
 }
 
 // In place. A copy with a margin all around, in which the edge goes on, is filtered as one long line: rows through their

@@ -1,60 +1,17 @@
-"""The list of image files of a data set: found once, sorted, and identified by a digest."""
+"""Finding the images of a data set: image folders, shards or lists, sorted and identified by a digest."""
 
-import hashlib
-import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from synco_fast.data.listing import read_list
+from synco_fast.data.samples import IMAGE_SUFFIXES, LAYOUTS, examples
+from synco_fast.data.samples import Index as Index
+from synco_fast.data.shards import INDEX_NAME, by_split, is_compressed, is_shard, scan_shards
 from synco_fast.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 HELD_OUT_SPLITS = ("val", "test")
-_LAYOUTS = (
-    "expected <split>/<class>/* or <class>/* with images in class folders, a flat folder of images, "
-    "or a text file listing one image per line"
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """The images of one split.
-
-    Attributes:
-        root: folder the files are relative to.
-        files: paths relative to root, forward slashes; `scan` and `held_out` return them sorted.
-        labels: (n,) int64 class numbers, or None when unlabelled.
-        classes: class names by number; empty when unlabelled.
-        digest: SHA-256 over files and labels. The same digest means the same samples in the same order.
-    """
-
-    root: Path
-    files: tuple[str, ...]
-    labels: Tensor | None
-    classes: tuple[str, ...]
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        content = hashlib.sha256("\n".join(self.files).encode("utf-8", "surrogateescape"))
-        if self.labels is not None:
-            content.update(b"\0" + self.labels.numpy().astype("<i8").tobytes())
-        object.__setattr__(self, "digest", content.hexdigest())
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def path(self, i: int) -> Path:
-        """Full path of sample i."""
-        return self.root / self.files[i]
-
-    def take(self, indices: Sequence[int]) -> "Index":
-        """The given samples in the given order."""
-        labels = None if self.labels is None else self.labels[torch.as_tensor(indices, dtype=torch.int64)]
-        return Index(self.root, tuple(self.files[i] for i in indices), labels, self.classes)
 
 
 def scan(root: Path, split: str = "train") -> Index:
@@ -62,59 +19,115 @@ def scan(root: Path, split: str = "train") -> Index:
 
     Args:
         root: one of
-            - a text file: one path per line, relative to the file's own folder, with an optional class number
-              after a tab (on every line or on none);
             - a folder holding `<split>/`, which is then looked at instead of the folder itself;
             - a folder of class folders of images;
-            - a flat folder of images: no labels.
-        split: name of the split folder to prefer.
+            - a flat folder of images: no labels;
+            - a folder of WebDataset shards (*.tar) or of TFRecord files (*.tfrecord, *-00000-of-01024), see
+              `scan_shards`. With a list called `INDEX_NAME` beside them, that is read and they are not. Of shards whose
+              names speak of several splits, as train-00000-of-01024, those of the split;
+            - one such shard;
+            - a text file: see `read_list`.
+        split: name of the split to prefer.
 
     Raises:
         UserError: nothing usable there; the message says what was found.
     """
     root = Path(root)
     if root.is_file():
-        return _scan_list(root)
+        return _scan_file(root)
     if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist; {_LAYOUTS}")
-    if (root / split).is_dir():
-        return _scan_folder(root / split)
-    others = [name for name in ("train", *HELD_OUT_SPLITS) if (root / name).is_dir()]
-    if others:
+        raise UserError(f"data folder {root} does not exist; {LAYOUTS}")
+    found = splits(root)
+    if split in found:
+        return _scan_split(root, split)
+    if found:
         raise UserError(
-            f"data folder {root} has {', '.join(name + '/' for name in others)} but no {split}/; "
-            f"add {split}/ or name the folder to use, for example {root / others[0]}"
+            f"data folder {root} has {', '.join(name + '/' for name in found)} but no {split}/; "
+            f"add {split}/ or name the folder to use, for example {root / found[0]}"
         )
     return _scan_folder(root)
 
 
 def held_out(root: Path) -> Index | None:
-    """The held-out split, `root/val` or else `root/test`; None where there is neither."""
+    """The held-out split, `val` or else `test`: in a folder, or beside a list or what it lists. None: no such."""
     root = Path(root)
-    for split in HELD_OUT_SPLITS:
-        if (root / split).is_dir():
-            return _scan_folder(root / split)
+    for folder in (root,) if root.is_dir() else (root.parent, scan(root).root.parent):
+        found = splits(folder) if folder.is_dir() else []
+        for split in HELD_OUT_SPLITS:
+            if split in found:
+                return _scan_split(folder, split)
     return None
+
+
+def splits(root: Path) -> list[str]:
+    """Which of train, val and test a folder has: as folders or else as shards named so."""
+    names = ("train", *HELD_OUT_SPLITS)
+    folders = [name for name in names if (root / name).is_dir()]
+    if folders:
+        return folders
+    shards = by_split(root, [name for name in _list_folder(root)[1] if is_shard(name)])
+    return [name for name in names if name in shards]
+
+
+def _scan_split(root: Path, split: str) -> Index:
+    if (root / split).is_dir():
+        return _scan_folder(root / split)
+    return scan_shards(root, by_split(root, [name for name in _list_folder(root)[1] if is_shard(name)])[split])
+
+
+def _scan_file(path: Path) -> Index:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        raise UserError(f"{path} is a single image; {LAYOUTS}")
+    if is_compressed(path.name):
+        raise UserError(_compressed(path))
+    return scan_shards(path.parent, [path.name]) if is_shard(path.name) else read_list(path)
 
 
 def _scan_folder(folder: Path) -> Index:
     images, others, subfolders = _list_folder(folder)
     in_classes = [(name, *_list_folder(folder / name)) for name in sorted(subfolders)]
     by_class = {name: inner for name, inner, _, _ in in_classes if inner}
-    if images and by_class:
+    shards = [name for name in others if is_shard(name)]
+    kinds = {"images": images, "folders of images": [f"{name}/" for name in by_class], "shards": shards}
+    found = [f"{kind} ({names[0]}, ...)" for kind, names in kinds.items() if names]
+    if len(found) > 1:
         raise UserError(
-            f"data folder {folder} holds both images ({images[0]}, ...) and folders of images "
-            f"({next(iter(by_class))}/, ...), so it is unclear whether they are classes; keep one of the two"
+            f"data folder {folder} holds both {' and '.join(found)}, so it is unclear which are the data set and "
+            "whether folders are classes; keep one of them"
         )
+    if shards:
+        return _scan_shard_folder(folder, others)
     if images:
         return Index(folder, tuple(sorted(images)), None, ())
     if not by_class:
+        for name in filter(is_compressed, others):
+            raise UserError(_compressed(folder / name))
         skipped = others + [f"{name}/{file}" for name, _, inner, _ in in_classes for file in inner]
         skipped += [f"{name}/{inner}/" for name, _, _, deeper in in_classes for inner in deeper]
         raise UserError(_no_images(folder, skipped or [f"{name}/" for name in subfolders]))
     pairs = sorted((f"{name}/{file}", label) for label, (name, files) in enumerate(by_class.items()) for file in files)
     labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
     return Index(folder, tuple(file for file, _ in pairs), labels, tuple(by_class))
+
+
+def _scan_shard_folder(folder: Path, files: list[str]) -> Index:
+    for name in filter(is_compressed, files):
+        raise UserError(_compressed(folder / name))
+    shards = sorted(filter(is_shard, files))
+    if INDEX_NAME not in files:
+        return scan_shards(folder, shards)
+    index = read_list(folder / INDEX_NAME)
+    unlisted = sorted({folder / name for name in shards} - {shard.path for shard in index.shards})
+    if unlisted:
+        raise UserError(
+            f"{folder / INDEX_NAME} does not list {len(unlisted)} shards beside it: "
+            f"{examples([path.name for path in unlisted])}; remove it to have them all read, or remove them"
+        )
+    return index
+
+
+def _compressed(path: Path) -> str:
+    return f"{path} is compressed, so its images cannot be read one by one; decompress it"
 
 
 def _list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
@@ -140,61 +153,8 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
 
 def _no_images(folder: Path, found: list[str]) -> str:
     if not found:
-        return f"data folder {folder} is empty; {_LAYOUTS}"
+        return f"data folder {folder} is empty; {LAYOUTS}"
     return (
-        f"data folder {folder} holds no images where they are looked for; found {_examples(found)}; "
-        f"image names end in {' '.join(IMAGE_SUFFIXES)}; {_LAYOUTS}"
+        f"data folder {folder} holds no images where they are looked for; found {examples(found)}; "
+        f"image names end in {' '.join(IMAGE_SUFFIXES)}; {LAYOUTS}"
     )
-
-
-def _examples(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + more
-
-
-def _scan_list(listing: Path) -> Index:
-    if listing.suffix.lower() in IMAGE_SUFFIXES:
-        raise UserError(f"{listing} is a single image; {_LAYOUTS}")
-    try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"file list {listing} is not UTF-8 text; {_LAYOUTS}") from error
-    except OSError as error:
-        raise UserError(f"file list {listing} cannot be read: {error.strerror}") from error
-    pairs = sorted(
-        (_parse_line(listing, number, line) for number, line in enumerate(lines, 1) if line.strip()),
-        key=lambda pair: pair[0],
-    )
-    if not pairs:
-        raise UserError(f"file list {listing} names no files; {_LAYOUTS}")
-    files = tuple(file for file, _ in pairs)
-    labels = [label for _, label in pairs if label is not None]
-    if labels and len(labels) != len(files):
-        raise UserError(f"file list {listing} labels {len(labels)} of {len(files)} files; label all or none")
-    duplicates = [file for file, following in itertools.pairwise(files) if file == following]
-    if duplicates:
-        raise UserError(f"file list {listing} names files more than once: {_examples(duplicates)}")
-    missing = [file for file in files if not (listing.parent / file).is_file()]
-    if missing:
-        raise UserError(
-            f"file list {listing} names {len(missing)} files that do not exist: {_examples(missing)}; "
-            f"paths are relative to {listing.parent}"
-        )
-    classes = tuple(str(number) for number in range(max(labels) + 1)) if labels else ()
-    return Index(listing.parent, files, torch.tensor(labels, dtype=torch.int64) if labels else None, classes)
-
-
-def _parse_line(listing: Path, number: int, line: str) -> tuple[str, int | None]:
-    """One line of a file list to (normalised relative path, label or None)."""
-    name, tab, label = line.partition("\t")
-    path = PurePosixPath(os.path.normpath(name.strip()))
-    where = f"file list {listing} line {number}"
-    if path.is_absolute() or path.parts[:1] == ("..",):
-        raise UserError(f"{where}: {name} lies outside {listing.parent}; paths are relative to that folder")
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"{where}: {name} is not an image name; they end in {' '.join(IMAGE_SUFFIXES)}")
-    if not tab:
-        return str(path), None
-    if not (label.strip().isascii() and label.strip().isdigit()):
-        raise UserError(f"{where}: label {label!r} is not a class number (0, 1, 2, ...)")
-    return str(path), int(label)

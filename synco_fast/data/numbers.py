@@ -46,7 +46,7 @@ def evaluation_numbers(sizes: Tensor, resize: int, size: int) -> Tensor:
 def value_table(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """What each 8-bit value of each channel becomes: (3, 256) float32, (value / 255 - mean) / std."""
     means, stds = (torch.tensor(x, dtype=torch.float64)[:, None] for x in (mean, std))
-    return ((torch.arange(256) / 255.0 - means) / stds).float()
+    return ((torch.arange(256, dtype=torch.float64) / 255 - means) / stds).float()
 
 
 def _colour_steps(parameters: ViewParameters, recipe: Recipe) -> Tensor:
@@ -57,7 +57,7 @@ def _colour_steps(parameters: ViewParameters, recipe: Recipe) -> Tensor:
     factors = torch.stack([parameters.brightness, parameters.contrast, parameters.saturation, hue.float()], dim=1)
     grey = torch.where(parameters.grey, GREY, NOTHING)[:, None]
     kinds = [torch.where(jittered, order, NOTHING), grey]
-    ordered = [factors.gather(1, order), torch.zeros_like(grey)]
+    ordered = [factors.gather(1, order.clamp(min=0)), torch.zeros_like(grey)]
     if recipe.grey_first:
         kinds, ordered = kinds[::-1], ordered[::-1]
     return torch.stack([torch.cat(kinds, dim=1).float(), torch.cat(ordered, dim=1).float()], dim=2).flatten(1)

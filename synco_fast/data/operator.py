@@ -87,10 +87,14 @@ def view_operator(
             values=values.flatten().tolist(),
             dtype={torch.float32: types.FLOAT, torch.float16: types.FLOAT16}[dtype],
         )
-    make = functools.partial(_plain, size, values.to(device, dtype))
+    make = functools.partial(
+        fn.dl_tensor_python_function,
+        function=functools.partial(_plain, size, values.to(device, dtype)),
+        batch_processing=False,
+    )
     if device.type == "cpu":
-        return functools.partial(fn.dl_tensor_python_function, function=make)
-    return lambda images, numbers: fn.dl_tensor_python_function(images, numbers.gpu(), function=make, device="gpu")
+        return make
+    return lambda images, numbers: make(images, numbers.gpu(), device="gpu")
 
 
 @functools.cache

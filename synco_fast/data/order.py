@@ -1,10 +1,10 @@
-"""Which samples make up a batch: a pure function of (seed, epoch, step), for any number of ranks.
+"""Which samples make up a batch: a pure function of (seed, epoch, step, skipped), for any number of ranks.
 
 There is no shuffling state. An epoch's order sorts Philox keys, so a resume, a rebuild or another world size
-is a seek to (epoch, step).
+is a seek to (epoch, step). The samples found bad so far, in the order they were found, give their slots to what the
+epoch would leave unused.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -21,23 +21,6 @@ VIEW_STREAM = 1
 def data_key(seed: int) -> int:
     """The 64-bit Philox key of the data side, unlike the op's key, which is the seed itself."""
     return (seed ^ (0x64617461 << 32)) & 0xFFFFFFFFFFFFFFFF
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in training: `step` batches into `epoch`."""
-
-    epoch: int
-    step: int
-
-    @staticmethod
-    def at(global_step: int, steps_per_epoch: int) -> "Position":
-        """The place after `global_step` batches."""
-        return Position(*divmod(global_step, steps_per_epoch))
-
-    def global_step(self, steps_per_epoch: int) -> int:
-        """How many batches come before this place."""
-        return self.epoch * steps_per_epoch + self.step
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -66,23 +49,57 @@ def _epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.argsort((high >> 1) << 32 | low, stable=True)
 
 
-def batch_samples(
-    n: int, batch_size: int, seed: int, epoch: int, step: int, rank: int = 0, world_size: int = 1
+# Three entries: of the batch handed out, of those read ahead, and the one made in advance.
+@lru_cache(maxsize=3)
+def rank_order(
+    n: int, batch_size: int, seed: int, epoch: int, rank: int, world_size: int, skipped: tuple[int, ...] = ()
 ) -> Tensor:
-    """Samples of one rank's rows of a global batch.
+    """What one rank goes through in an epoch: the samples of its rows, step by step, then its spare ones.
+
+    The floor(n / batch_size) * batch_size first samples of the epoch's order are in rows; of the rest, from the end,
+    every world_size-th is a rank's own. Each skipped sample, in turn, gives its slot to what is then the last one, and
+    the order gets shorter by one: on one rank, a step of the epoch is lost when the spare ones are used up; on several,
+    this is where a rank has fewer than its share of the steps.
 
     Args:
         n: samples in the data set.
         batch_size: rows of the global batch, a multiple of world_size.
-        seed, epoch, step: the place; 0 <= step < steps_per_epoch(n, batch_size).
-        rank, world_size: rank r has rows [r * local, (r + 1) * local), local = batch_size // world_size.
+        seed, epoch: of the order.
+        rank, world_size: step s of rank r has elements [s * local, (s + 1) * local), local = batch_size // world_size.
+        skipped: samples this rank has found bad, in the order found.
 
     Returns:
-        (local,) int64 indices of samples.
+        (m,) int64 indices of samples; not to be written to.
     """
+    order = _epoch_order(n, seed, epoch)
+    rows = steps_per_epoch(n, batch_size) * batch_size
+    own = order[:rows].view(-1, world_size, batch_size // world_size)[:, rank].flatten()
+    spare = order[rows:].flip(0)[rank::world_size].flip(0)
+    return _without(torch.cat([own, spare]), n, skipped)
+
+
+def _without(order: Tensor, n: int, skipped: tuple[int, ...]) -> Tensor:
+    unwanted = torch.zeros(n, dtype=torch.bool)
+    unwanted[list(skipped)] = True
+    slots = {int(order[slot]): slot for slot in unwanted[order].nonzero().flatten().tolist()}
+    end = len(order)
+    for sample in skipped:
+        if sample not in slots:  # in another rank's share of this epoch
+            continue
+        slot = slots.pop(sample)
+        end -= 1
+        last = int(order[end])
+        order[slot] = last
+        if last in slots:
+            slots[last] = slot
+    return order[:end]
+
+
+def batch_samples(n: int, batch_size: int, seed: int, epoch: int, step: int) -> Tensor:
+    """Samples of a global batch, none of them skipped: (batch_size,) int64, for 0 <= step < steps_per_epoch."""
     if not 0 <= step < steps_per_epoch(n, batch_size):
         raise ValueError(f"step {step} is not within an epoch of {steps_per_epoch(n, batch_size)} steps")
-    return _epoch_order(n, seed, epoch)[batch_positions(batch_size, step, rank, world_size)]
+    return _epoch_order(n, seed, epoch)[batch_positions(batch_size, step)]
 
 
 def batch_positions(batch_size: int, step: int, rank: int = 0, world_size: int = 1) -> Tensor:

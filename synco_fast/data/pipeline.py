@@ -76,7 +76,7 @@ def _pipeline(
     )
     def define() -> Any:
         encoded, *numbers = fn.external_source(source=source, num_outputs=1 + views, batch=True)
-        images = _decode(encoded, device)
+        images = decode(encoded, device)
         return tuple(make_view(images, one) for one in numbers)
 
     pipeline = define()
@@ -84,7 +84,7 @@ def _pipeline(
     return pipeline
 
 
-def _decode(encoded: Any, device: torch.device) -> Any:
+def decode(encoded: Any, device: torch.device) -> Any:
     fn, types, _ = dali()
     return fn.decoders.image(
         encoded,

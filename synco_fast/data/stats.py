@@ -1,15 +1,20 @@
 """Facts about a data set, from its files' headers."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from synco_fast.data.index import Index
-from synco_fast.data.reader import read_header
+from synco_fast.data.reader import Header, read_header
+from synco_fast.data.samples import Index
 from synco_fast.errors import UserError
 
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+# Reading a header is mostly waiting for the disk.
+_THREADS = 8
+_PART = 256
 
 
 def statistics(index: Index) -> dict[str, Any]:
@@ -23,12 +28,11 @@ def statistics(index: Index) -> dict[str, Any]:
         unreadable: messages, one per file whose header cannot be read.
     """
     counts = {} if index.labels is None else Counter(index.labels.tolist())
-    headers, unreadable = [], []
-    for i in range(len(index)):
-        try:
-            headers.append(read_header(index.path(i)))
-        except UserError as error:
-            unreadable.append(str(error))
+    parts = [range(start, min(start + _PART, len(index))) for start in range(0, len(index), _PART)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [header for part in pool.map(partial(_headers, index), parts) for header in part]
+    headers = [header for header in found if isinstance(header, Header)]
+    unreadable = [header for header in found if isinstance(header, str)]
     return {
         "images": len(index),
         "classes": {name: counts[label] for label, name in enumerate(index.classes)},
@@ -37,6 +41,17 @@ def statistics(index: Index) -> dict[str, Any]:
         "width": _quantiles([header.width for header in headers]),
         "unreadable": unreadable,
     }
+
+
+def _headers(index: Index, rows: range) -> list[Header | str]:
+    """Each image's header, or the message that says why there is none."""
+    found: list[Header | str] = []
+    for i in rows:
+        try:
+            found.append(read_header(index.sample(i)))
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _quantiles(values: list[int]) -> dict[float, float]:

@@ -1,7 +1,8 @@
 """Runs a DALI pipeline ahead of its consumer: a thread pool reads files, DALI decodes, torch gets the result.
 
 Three stages overlap: `prefetch` batches of files being read, `prefetch` batches inside DALI, and the
-consumer's own. Errors come out of `__next__` at the batch they belong to, after the batches before it.
+consumer's own. Errors come out of `__next__` at the batch they belong to, after the batches before it, and end the
+stream.
 """
 
 from collections import deque
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from synco_fast.data.pipeline import Arrays, Source
-from synco_fast.data.reader import Header, decoding_fault, read_image
-from synco_fast.errors import UserError
+from synco_fast.data.reader import Header, read_image
+from synco_fast.data.samples import Sample, close_shards
 
 Image = tuple[np.ndarray, Header]
 
@@ -29,11 +29,11 @@ class Request:
     """One batch to make.
 
     Attributes:
-        paths: its B files, in row order.
+        samples: its B images, in row order.
         inputs: from (B, 2) int64 heights and widths to the pipeline inputs that follow the encoded images.
     """
 
-    paths: list[Path]
+    samples: list[Sample]
     inputs: Callable[[Tensor], Arrays]
 
 
@@ -76,7 +76,8 @@ class Stream:
         """The next batch's outputs; they stay valid for as long as the caller holds them.
 
         Raises:
-            UserError: a file of this batch cannot be read or decoded.
+            BadFile: a file of this batch cannot be read.
+            RuntimeError: DALI has failed, mostly on a file of this batch that cannot be decoded.
             StopIteration: no more requests.
         """
         try:
@@ -92,7 +93,9 @@ class Stream:
     def close(self) -> None:
         """Stop the threads; batches already handed out stay valid."""
         self._pool.shutdown(cancel_futures=True)
-        self._pipeline = None
+        # An error's traceback holds the pipeline, whose threads end when it goes.
+        self._pipeline = self._failure = None
+        close_shards()
 
     def _advance(self) -> tuple[Tensor, ...]:
         if not self._scheduled:
@@ -111,10 +114,7 @@ class Stream:
         # torch drops it; that DALI waits for the device's pending work before using it again is read from its source
         # and not yet tested on a GPU.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        try:
-            batches = self._pipeline.share_outputs(stream)
-        except RuntimeError as error:
-            raise _explain(error, self._running[0].paths) from error
+        batches = self._pipeline.share_outputs(stream)
         outputs = tuple(from_dlpack(batch.as_tensor()) for batch in batches)
         self._pipeline.release_outputs()
         return outputs
@@ -124,43 +124,32 @@ class Stream:
         if not self._reading:
             raise StopIteration
         request, reading = self._reading.popleft()
-        try:
-            arrays = reading.result()
-        except Exception as error:
+        # Not raised here: `reading` holds the error, whose traceback would hold this frame and so DALI's pipeline.
+        error = reading.exception()
+        if error is not None:
             self._failure = error  # raised by __next__ once the batches before it are out
             self._reading.clear()
-            raise StopIteration from None
+            raise StopIteration
+        arrays = reading.result()
         self._running.append(request)
         self._read_ahead(1)
         return arrays
 
     def _read_ahead(self, batches: int) -> None:
         for request in islice(self._requests, batches):
-            parts = [self._pool.submit(_read_all, request.paths[i :: self._threads]) for i in range(self._threads)]
+            parts = [self._pool.submit(read_all, request.samples[i :: self._threads]) for i in range(self._threads)]
             # The pool is first in, first out, so the parts are under way before this waits for them.
             self._reading.append((request, self._pool.submit(_assemble, request, parts)))
 
 
-def _read_all(paths: list[Path]) -> list[Image]:
-    return [read_image(path) for path in paths]
+def read_all(samples: list[Sample]) -> list[Image]:
+    return [read_image(sample) for sample in samples]
 
 
 def _assemble(request: Request, parts: list[Future[list[Image]]]) -> Arrays:
     images: dict[int, Image] = {}
     for i, part in enumerate(parts):
-        images.update(zip(range(i, len(request.paths), len(parts)), part.result(), strict=True))
-    rows = [images[row] for row in range(len(request.paths))]
+        images.update(zip(range(i, len(request.samples), len(parts)), part.result(), strict=True))
+    rows = [images[row] for row in range(len(request.samples))]
     sizes = torch.tensor([(header.height, header.width) for _, header in rows])
     return [[data for data, _ in rows], *request.inputs(sizes)]
-
-
-def _explain(error: RuntimeError, paths: list[Path]) -> Exception:
-    """A pipeline's error, naming the files whose pixels cannot be decoded or, if PIL decodes all, the whole batch's."""
-    faults = [(path, decoding_fault(path)) for path in paths]
-    named = [f"image file {path} cannot be decoded: {fault}" for path, fault in faults if fault is not None]
-    if not named and "decod" not in str(error):
-        return error
-    if not named:
-        names = ", ".join(path.name for path in paths)
-        return UserError(f"DALI cannot decode an image of this batch ({names}), although PIL can: {error}")
-    return UserError("; ".join(named) + "; replace or remove " + ("it" if len(named) == 1 else "them"))

@@ -30,7 +30,7 @@ class ViewParameters:
         jittered: (B,) bool, the four colour jitters apply.
         brightness, contrast, saturation: (B,) float32 factors, 1 = unchanged.
         hue: (B,) float32 shift in turns of the colour circle.
-        jitter_order: (B, 4) int64, the order to apply 0 brightness, 1 contrast, 2 saturation, 3 hue.
+        jitter_order: (B, 4) int64, the order to apply 0 brightness, 1 contrast, 2 saturation, 3 hue; -1: none.
         grey: (B,) bool, lose all colour.
         blur_sigma: (B,) float32, pixels of the output, 0 = no blur.
         flip: (B,) bool, left-right.

@@ -13,7 +13,8 @@ from synco_fast.errors import UserError
 from synco_fast.files import write_atomically
 
 LATEST = "latest.pt"
-_ENTRIES = {"config": dict, "step": int, "data": dict, "model": dict, "optimizer": dict, "meter": dict, "rng": dict}
+_DICTS = ("config", "data", "loader", "model", "optimizer", "meter", "rng")
+_ENTRIES = {"step": int} | dict.fromkeys(_DICTS, dict)
 
 # Keys that may differ when a run goes on: where things are, how long it lasts, and what changes no number.
 _FREE = {
@@ -21,6 +22,7 @@ _FREE = {
     "data.root",
     "data.threads",
     "data.prefetch",
+    "data.on_corrupt",
     "trainer.max_steps",
     "trainer.log_every",
     "knn.every_epochs",

@@ -1,6 +1,7 @@
 """The processes of a run, as torchrun started them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,20 @@ def reduce_mean(values: Tensor) -> Tensor:
 def reduce_max(values: Tensor) -> Tensor:
     """The largest over processes."""
     return _reduced(values, dist.ReduceOp.MAX)
+
+
+def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Each process's whole numbers, by rank; all processes call it, with as many as they have."""
+    if not dist.is_initialized():
+        return [list(numbers)]
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(numbers)], device=device))
+    padded = torch.zeros(int(counts.max()), dtype=torch.int64, device=device)
+    padded[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = padded.new_empty(len(counts) * len(padded))
+    dist.all_gather_into_tensor(gathered, padded)
+    rows = gathered.view(len(counts), -1).tolist()
+    return [row[:count] for row, count in zip(rows, counts.tolist(), strict=True)]
 
 
 def _reduced(values: Tensor, operation: Any) -> Tensor:

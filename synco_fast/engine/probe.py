@@ -1,5 +1,6 @@
 """kNN accuracy on held-out images while training goes on."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ class KnnProbe:
 
     def __init__(self, config: Config, processes: Processes, bank: Index, held_out: Index) -> None:
         self.config, self.processes, self.bank, self.held_out = config, processes, bank, held_out
+        self.on_skip: Callable[[str], object] | None = None
+        self._bad: dict[str, list[int]] = {}  # in this process's share, by the index's digest
 
     def measure(self, encoder: nn.Module) -> dict[str, float | int]:
         """Accuracy of the encoder's backbone, with the neighbours used. All processes call it."""
@@ -35,14 +38,16 @@ class KnnProbe:
 
     def _features(self, encoder: Encoder, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
         processes = self.processes
-        loader = evaluation_loader(self.config, processes, index)
+        loader = evaluation_loader(self.config, processes, index, self._bad.get(index.digest, []))
+        loader.bad.on_skip = self.on_skip or loader.bad.on_skip
         bf16 = self.config.trainer.precision == "bf16"
         features, labels = extract(encoder.backbone, loader, device=processes.device, bf16=bf16)
+        self._bad[index.digest] = loader.bad.found
         return _gather(features, len(index), processes), _gather(labels, len(index), processes)
 
 
-def evaluation_loader(config: Config, processes: Processes, index: Index) -> EvalLoader:
-    """This process's share of an index, prepared for evaluation as the configuration says."""
+def evaluation_loader(config: Config, processes: Processes, index: Index, skipped: Sequence[int] = ()) -> EvalLoader:
+    """This process's share of an index but for the samples skipped, prepared for evaluation as configured."""
     data = config.data
     return EvalLoader(
         index,
@@ -56,6 +61,8 @@ def evaluation_loader(config: Config, processes: Processes, index: Index) -> Eva
         prefetch=data.prefetch,
         rank=processes.rank,
         world_size=processes.world_size,
+        on_corrupt=data.on_corrupt,
+        skipped=skipped,
     )
 
 

@@ -40,8 +40,11 @@ class TrainingProgress:
             self.say(text)
 
     def say(self, text: str) -> None:
-        if self._quiet:
-            return
+        if not self._quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Say it even when quiet: what only this process knows."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:

@@ -66,9 +66,9 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
         state = checkpoints.load(path)
         checkpoints.check_same_run(state, path, config, data)
 
-    step = state["step"] if state is not None else 0
     contrast = build_contrast(config, processes)
-    loader = build_loader(config, processes, index, step)
+    place = {} if state is None else _place(state["loader"], processes, path, len(index))
+    loader = build_loader(config, processes, index, place)
     trainer = Trainer(config, processes, contrast, loader, _probe(config, processes, index), output, data)
     if state is not None and path is not None:
         _load_state(trainer, state, path)
@@ -109,8 +109,8 @@ def build_encoder(config: Config, device: torch.device) -> torch.nn.Module:
     return encoder
 
 
-def build_loader(config: Config, processes: Processes, index: Index, step: int) -> TrainLoader:
-    """This process's share of the training data, from a global step on."""
+def build_loader(config: Config, processes: Processes, index: Index, place: dict[str, Any]) -> TrainLoader:
+    """This process's share of the training data, from a place (epoch, step, skipped) on, or {} for the start."""
     data = config.data
     return TrainLoader(
         index,
@@ -125,8 +125,23 @@ def build_loader(config: Config, processes: Processes, index: Index, step: int) 
         prefetch=data.prefetch,
         rank=processes.rank,
         world_size=processes.world_size,
-        step=step,
+        on_corrupt=data.on_corrupt,
+        **place,
     )
+
+
+def _place(saved: dict[str, Any], processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
+    """Place and skipped samples of this process's loader. With another number of processes, all know all of them."""
+    try:
+        lists = [[int(sample) for sample in part] for part in saved["skipped"]]
+        known = lists[processes.rank : processes.rank + 1] if len(lists) == processes.world_size else lists
+        skipped = list(dict.fromkeys(sample for part in known for sample in part))
+        epoch, step = int(saved["epoch"]), int(saved["step"])
+        if min(epoch, step, *skipped, 0) < 0 or max(skipped, default=0) >= samples:
+            raise ValueError("numbers out of range")
+        return {"epoch": epoch, "step": step, "skipped": skipped}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: cannot resume, its place in the data is not readable: {error!r}") from error
 
 
 def _probe(config: Config, processes: Processes, index: Index) -> KnnProbe | None:

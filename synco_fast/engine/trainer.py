@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from synco_fast.config import Config
 from synco_fast.data.loader import Batch, TrainLoader
 from synco_fast.engine import checkpoints, optim
-from synco_fast.engine.distributed import Processes, reduce_max, reduce_mean
+from synco_fast.engine.distributed import Processes, gather_numbers, reduce_max, reduce_mean
 from synco_fast.engine.guard import NonFiniteGuard
 from synco_fast.engine.metrics import Meter, MetricsLog, named
 from synco_fast.engine.probe import KnnProbe
@@ -55,11 +55,16 @@ class Trainer:
         self.hard = config.negatives.hard()
         self.meter = Meter(self.hard, processes.device)
         self.guard = NonFiniteGuard(processes.device)
+        # Of an epoch without bad files. Skipped files make the loader's epochs shorter than that, so `batch.epoch`,
+        # which decides on warm-up and stands in the rows, may run a little ahead of what the schedule goes by.
         self.steps_per_epoch = loader.steps_per_epoch
         epochs_steps = config.trainer.epochs * self.steps_per_epoch
         self.total_steps = min(epochs_steps, config.trainer.max_steps or epochs_steps)
         self.step = 0
         self._step_on_device = torch.zeros((), dtype=torch.int64, device=processes.device)
+        self._unchecked: dict[
+            int, tuple[int, Tensor]
+        ] = {}  # epoch and samples of each step the guard was not asked about
         self._signal: int | None = None
         self._metrics: MetricsLog | None = None
 
@@ -74,6 +79,9 @@ class Trainer:
         progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
         if self.step >= self.total_steps:
             progress.say(f"nothing to do: step {self.step} of {self.total_steps} is done")
+        self.loader.bad.on_skip = progress.warn
+        if self.probe is not None:
+            self.probe.on_skip = progress.warn
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._loop(progress)
@@ -117,6 +125,7 @@ class Trainer:
         config, processes = self.config, self.processes
         hard = negatives_at(batch.epoch, self.hard, config.negatives.warmup_epochs)
         self._step_on_device.fill_(self.step)
+        self._unchecked[self.step] = batch.epoch, batch.samples
         momentum_update(self.contrast.key_encoder, self.contrast.query_encoder, config.model.momentum)
 
         micro_batches = list(zip(*(view.chunk(config.trainer.accumulate) for view in batch.views), strict=True))
@@ -149,10 +158,12 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds. All processes call it."""
         cuda = self.processes.device.type == "cuda"
+        skipped = gather_numbers(self.loader.bad.found, self.processes.device)
         return {
             "config": self.config.model_dump(),
             "step": self.step,
             "data": self.data,
+            "loader": {"epoch": self.loader.epoch, "step": self.loader.step, "skipped": skipped},
             "model": self.contrast.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "meter": self.meter.state_dict(),
@@ -209,9 +220,11 @@ class Trainer:
         means = self.meter.read()
         rate = clock.read()
         remaining = (self.total_steps - self.step) * self.config.data.batch_size / rate["images_per_second"]
-        return (
-            self._row("train", epoch) | {"lr": self._lr} | means | {"timing": rate | {"remaining_seconds": remaining}}
-        )
+        row = self._row("train", epoch) | {"lr": self._lr} | means
+        if self.config.data.on_corrupt == "skip":
+            skipped = gather_numbers(self.loader.bad.found, self.processes.device)
+            row["skipped"] = len({sample for part in skipped for sample in part})
+        return row | {"timing": rate | {"remaining_seconds": remaining}}
 
     def _knn_due(self, epoch: int, inside: int, last: bool) -> bool:
         every = self.config.knn.every_epochs
@@ -254,17 +267,19 @@ class Trainer:
     def _stop_if_not_finite(self) -> None:
         step = self.guard.first_bad_step()
         if step is None:
+            self._unchecked.clear()
             return
         assert self.guard.values is not None
         values = reduce_mean(self.guard.values).tolist()
-        epoch, inside = divmod(step, self.steps_per_epoch)
+        epoch, samples = self._unchecked[step]
+        samples = all_gather_rows(samples.to(self.processes.device))
         path = self.output / f"nonfinite-step-{step}.json"
         if self.processes.is_main:
             evidence = {
                 "step": step,
                 "epoch": epoch,
                 "metrics": named(self.meter.names, values),
-                "files": self.loader.files_at(epoch, inside),
+                "files": self.loader.files(samples),
             }
             write_text_atomically(path, json.dumps(evidence, indent=1))
         raise UserError(

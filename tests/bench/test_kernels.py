@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench import contenders, kernels, measure, memory, plots, rows
+from bench.about import default_output
 from bench.case import Case
 from bench.published import Pick, Picks, moco, published, published_vectorised, random_picks
 from synco_fast.errors import UserError
@@ -390,7 +391,7 @@ def test_unknown_choices_are_refused(arguments: list[str], capsys: pytest.Captur
 
 def test_rows_go_to_a_file_named_by_device_and_date() -> None:
     about = {"device": "AMD EPYC 9V84 (TM)", "date": "2026-01-02T03:04:05+00:00"}
-    assert kernels.default_output(about) == Path("bench/results/kernels-amd-epyc-9v84-tm-2026-01-02.jsonl")
+    assert default_output("kernels", about) == Path("bench/results/kernels-amd-epyc-9v84-tm-2026-01-02.jsonl")
 
 
 def test_triton_is_timed_on_cuda_only_and_cpu_kernels_on_a_cpu_only() -> None:

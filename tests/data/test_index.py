@@ -41,7 +41,7 @@ def test_held_out(jpeg_root: Path, tmp_path: Path) -> None:
 
 
 def test_flat_folder_takes_image_suffixes_only(tmp_path: Path) -> None:
-    suffixes = ("jpg", "JPEG", "png", "bmp", "webp", "tif", "TIFF", "ppm")
+    suffixes = ("jpg", "JPEG", "png", "bmp", "webp", "tif", "TIFF", "ppm", "GIF")
     touch(tmp_path, *(f"x.{suffix}" for suffix in suffixes), "notes.txt", ".hidden.jpg", "deep/er/1.jpg")
     index = scan(tmp_path)
     assert index.files == tuple(sorted(f"x.{suffix}" for suffix in suffixes))
@@ -80,6 +80,23 @@ def test_file_list(tmp_path: Path) -> None:
     assert index.path(0).is_file()
     listing.write_text("b/2.jpg\na/1.jpg\n")
     assert scan(listing).labels is None
+
+
+def test_a_list_beside_the_splits(jpeg_root: Path, tmp_path: Path) -> None:
+    """Classes have their folders' names where each has a folder, and the held-out split is found."""
+    (tmp_path / "train").symlink_to(jpeg_root / "train")
+    (tmp_path / "val").symlink_to(jpeg_root / "val")
+    index = scan(tmp_path)
+    assert index.labels is not None
+    lines = [f"train/{file}\t{label}\n" for file, label in zip(index.files, index.labels.tolist(), strict=True)]
+    listing = tmp_path / "list.txt"
+    listing.write_text("".join(lines[1:]))
+    assert scan(listing).classes == index.classes
+    held = held_out(listing)
+    assert held is not None and held.digest == scan(tmp_path, "val").digest
+    for kept in (lines[:15] + lines[30:], [*lines, f"val/{held.files[0]}\t0\n"]):  # a class missing; in two folders
+        listing.write_text("".join(kept))
+        assert scan(listing).classes == ("0", "1", "2", "3")
 
 
 @pytest.mark.parametrize(

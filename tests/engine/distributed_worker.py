@@ -1,4 +1,4 @@
-"""Run by torchrun in test_distributed.py: one gradient of one global batch, and what 20 steps leave on each rank."""
+"""Run by torchrun in tests: one gradient of one global batch, an epoch's samples, what 20 steps leave on each rank."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def freeze_batch_norm(module: torch.nn.Module) -> None:
 
 
 def main(config_file: str, folder: str, mode: str, *overrides: str) -> None:
-    """`gradient`: loss and gradient of the first step, batch norm frozen. `steps`: train. Then save the state."""
+    """`gradient`: of the first step, batch norm frozen, and its loss. `loader`: an epoch's samples. `steps`: train."""
     config = load(Path(config_file), [*overrides, f"output={folder}/run"])
     processes = distributed.start(torch.device("cpu"))
     trainer = build(config, processes, None)
@@ -36,6 +36,12 @@ def main(config_file: str, folder: str, mode: str, *overrides: str) -> None:
         trainer.optimizer.step = keep_gradients  # type: ignore[assignment, method-assign]
         trainer.train_step(next(trainer.loader))
         saved = {"loss": trainer.meter.read()["loss"], "gradients": gradients}
+    elif mode == "loader":
+        steps = trainer.steps_per_epoch
+        samples = torch.cat([next(trainer.loader).samples for _ in range(steps)])
+        trainer.loader.close()
+        saved = {"samples": samples, "steps": steps, "skipped": trainer.loader.bad.found}
+        saved["state"] = trainer.state()["loader"]
     else:
         trainer.run()
     saved |= {"model": trainer.contrast.state_dict()}

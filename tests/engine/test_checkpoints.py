@@ -21,7 +21,7 @@ LIMIT = 200_000
 
 def state(numbers: int) -> dict[str, Any]:
     """A checkpoint's entries, with a tensor of float32 numbers."""
-    entries: dict[str, Any] = {name: {} for name in ("config", "data", "model", "optimizer", "meter", "rng")}
+    entries: dict[str, Any] = {name: {} for name in ("config", "data", "loader", "model", "optimizer", "meter", "rng")}
     return entries | {"step": 3, "model": {"weight": torch.arange(float(numbers))}}
 
 
