@@ -137,12 +137,12 @@ def augmentation(flags: list[str], nvcc_flags: list[str] | None) -> list[Extensi
     ours = ["-std=c++17", "-ffp-contract=off", "-Wno-free-nonheap-object"]
     ours += [flag.replace("-I", "-isystem", 1) for flag in dali.get_compile_flags()]
     ours.append(f'-DSYNCO_DALI_VERSION="{nvidia.dali.__version__}"')
-    sources, macros, theirs = sorted(glob.glob("kernels/augment/*.cpp")), [], []
+    sources, macros, device_flags = sorted(glob.glob("kernels/augment/*.cpp")), [], []
     link = [*dali.get_link_flags(), "-ldali_core"]
     if nvcc_flags is not None:
         sources.append("kernels/augment/view.cu")
         macros.append(("SYNCO_WITH_CUDA", None))
-        theirs = ["-std=c++17", "--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden", *nvcc_flags]
+        device_flags = ["-std=c++17", "--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden", *nvcc_flags]
         # A CUDA runtime of its own, whose names nobody else sees: DALI has one inside, of its wheel's CUDA version, and
         # torch's may be of a third. Streams, pointers and contexts are the driver's, and so the same for all of them.
         link += [f"-L{folder}" for folder in library_paths(device_type="cuda")]
@@ -154,7 +154,7 @@ def augmentation(flags: list[str], nvcc_flags: list[str] | None) -> list[Extensi
             include_dirs=[*(os.path.abspath(f"kernels/{folder}") for folder in ("include", "cuda")), headers],
             depends=sorted(glob.glob("kernels/**/*.h", recursive=True)),
             define_macros=macros,
-            extra_compile_args={"cxx": [*flags, *ours], "nvcc": theirs},
+            extra_compile_args={"cxx": [*flags, *ours], "nvcc": device_flags},
             extra_link_args=link,
         )
     ]

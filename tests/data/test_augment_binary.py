@@ -1,4 +1,4 @@
-"""The augmentation's compiled CUDA kernel, looked at without a GPU: no spills, and nothing fused that must round twice."""
+"""The augmentation's compiled CUDA kernel, looked at without a GPU: no spills, and no FMA where Pillow rounds twice."""
 
 import re
 

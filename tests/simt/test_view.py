@@ -5,13 +5,22 @@ import itertools
 import pytest
 import torch
 
-from synco_fast.data.numbers import COLOUR_STEPS, NOTHING, view_numbers
-from synco_fast.data.recipes import RECIPES
-from synco_fast.data.views import view_parameters
+from synco_fast.data.numbers import COLOUR_STEPS, NOTHING
 from tests.simt.build import build, edited, why_not
 from tests.simt.planted_infonce import WRONG, Planted
 from tests.simt.planted_view import PLANTED
-from tests.simt.view import CONTRAST, FLAGS, KERNEL, MAIN, Views, call, program, random_views, wrong_views
+from tests.simt.view import (
+    CONTRAST,
+    FLAGS,
+    KERNEL,
+    MAIN,
+    Views,
+    call,
+    program,
+    random_views,
+    training_views,
+    wrong_views,
+)
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -32,11 +41,8 @@ def test_colours_in_every_order() -> None:
 
 
 def test_training_views() -> None:
-    """Of the default size, from a photograph's."""
-    recipe, n = RECIPES["moco_v2"], 4
-    image = torch.randint(256, (375, 500, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    parameters = view_parameters(torch.tensor([[375, 500]]).expand(n, 2), recipe, 11, 4, torch.arange(n), 0)
-    assert wrong_views(program(), Views([image] * n, view_numbers(parameters, recipe, 224), 224)) == []
+    """Of the default size."""
+    assert wrong_views(program(), training_views(4, 224)) == []
 
 
 @pytest.mark.parametrize("schedule", ["fwd", "rev", "rand:1", "greedy:1"])

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from synco_fast.data.numbers import COLOUR_STEPS, HUE, NOTHING, _box_blur, value_table
+from synco_fast.data.numbers import COLOUR_STEPS, HUE, NOTHING, _box_blur, value_table, view_numbers
 from synco_fast.data.plain_view import make_view
-from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD
+from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES
+from synco_fast.data.views import view_parameters
 from tests.simt.build import REPOSITORY, build
 
 KERNEL = REPOSITORY / "kernels/augment/view.cu"
@@ -95,14 +96,27 @@ def call(
 def wrong_views(
     program: Path, views: Views, dtype: torch.dtype = torch.float32, *, processors: int = 3, schedule: str = "fwd"
 ) -> list[int]:
-    """Indices of the views that are not, bit for bit, what plain torch makes. The program must succeed."""
+    """See `differing`. The program must succeed."""
     done, output = call(program, views, dtype, processors=processors, schedule=schedule)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stdout + done.stderr
-    made = torch.frombuffer(bytearray(output), dtype=dtype).view(-1, views.size, views.size, 3)
+    return differing(torch.frombuffer(bytearray(output), dtype=dtype).view(-1, views.size, views.size, 3), views)
+
+
+def differing(made: Tensor, views: Views) -> list[int]:
+    """Indices of those that are not, bit for bit, what plain torch makes on the CPU."""
     assert len(made) == len(views.images)
-    values = value_table(IMAGENET_MEAN, IMAGENET_STD).to(dtype)
+    values = value_table(IMAGENET_MEAN, IMAGENET_STD).to(made.dtype)
     return [
         i
         for i, (image, numbers) in enumerate(zip(views.images, views.numbers, strict=True))
         if not torch.equal(made[i], make_view(image, numbers, views.size, values))
     ]
+
+
+def training_views(n: int, size: int, recipe: str = "moco_v2") -> Views:
+    """As the loader asks for them, of noise in a photograph's sizes."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.tensor([(375, 500), (500, 333)])[torch.arange(n) % 2]
+    images = [torch.randint(256, (*shape, 3), generator=generator, dtype=torch.uint8) for shape in sizes.tolist()]
+    parameters = view_parameters(sizes, RECIPES[recipe], 11, 4, torch.arange(n), 0)
+    return Views(images, view_numbers(parameters, RECIPES[recipe], size), size)
