@@ -3,6 +3,8 @@
 import importlib.metadata
 import platform
 
+import torch
+
 
 def cpu_name() -> str:
     """The processor's name, or its architecture where it has none."""
@@ -20,3 +22,11 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def memory_beside_pytorch(device: torch.device) -> str:
+    """How much of a GPU's memory is in use and not PyTorch's: a pipeline's, CUDA's own and other processes'."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    used = total - free - reserved
+    return f"{used / 2**30:.2f} GiB with the first batch, and {reserved / 2**30:.2f} PyTorch's, of {total / 2**30:.0f}"

@@ -22,6 +22,7 @@ from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.schedules import learning_rate
 from synco_fast.errors import Interrupted, UserError
 from synco_fast.files import write_text_atomically
+from synco_fast.machine import memory_beside_pytorch
 from synco_fast.methods import MomentumContrast, negatives_at
 from synco_fast.models.encoders import momentum_update
 from synco_fast.models.shuffle import all_gather_rows
@@ -95,9 +96,12 @@ class Trainer:
 
     def _loop(self, progress: TrainingProgress) -> None:
         clock = _Clock(self.config.data.batch_size)
+        first = self.step
         while self.step < self.total_steps:
             with clock.waiting():
                 batch = next(self.loader)
+            if self.step == first and self.processes.device.type == "cuda":
+                progress.say(f"data.gpu_memory: {memory_beside_pytorch(self.processes.device)}")
             self.train_step(batch)
             progress.advance(self.step)
             clock.count()
@@ -111,6 +115,7 @@ class Trainer:
                 self._report(row, progress)
             if self._knn_due(epoch, inside, last):
                 assert self.probe is not None
+                self.loader.close()  # what it holds is for evaluation to use; it opens again where it was
                 row = self._row("knn", batch.epoch) | self.probe.measure(self.contrast.query_encoder)
                 self._report(row, progress)
                 clock.restart()

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from synco_fast.data.loader import Batch, EvalLoader, TrainLoader
 from synco_fast.data.order import batch_samples
 from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, Recipe
 from synco_fast.errors import UserError
+from tests.formats import FORMATS
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,44 @@ def test_ranks_together_are_the_single_process(index: Index, world_size: int) ->
     for step, batch in enumerate(whole):
         for view in range(2):
             assert torch.equal(batch.views[view], torch.cat([rank[step].views[view] for rank in ranks]))
+
+
+@pytest.mark.parametrize("make", [FORMATS["tar_with_numbers"], FORMATS["imagenet"]], ids=["WebDataset", "TFRecord"])
+def test_the_world_changes_size_between_epochs(
+    make: Callable[[Index, Path], Path], index: Index, tmp_path: Path
+) -> None:
+    """Epochs of 4 steps of 12 rows out of 55 samples, each epoch on another number of processes: as on one."""
+    folder, shards = index.take(range(55)), scan(make(index, tmp_path / "shards")).take(range(55))
+    alone = batches(folder, 24, batch_size=12, image_size=16)
+    for epoch, world_size in enumerate((1, 2, 3, 4, 2, 1)):
+        ranks = [
+            batches(shards, 4, batch_size=12, image_size=16, epoch=epoch, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        samples = torch.stack([torch.cat([batch.samples for batch in step]) for step in zip(*ranks, strict=True)])
+        assert samples.shape == (4, 12) and len(set(samples.flatten().tolist())) == 48
+        for step, expected in enumerate(alone[4 * epoch : 4 * epoch + 4]):
+            assert (expected.epoch, expected.step) == (epoch, step)
+            views = [torch.cat([rank[step].views[view] for rank in ranks]) for view in (0, 1)]
+            assert torch.equal(samples[step], expected.samples)
+            assert all(map(torch.equal, views, expected.views))
+
+
+def test_seed_epoch_and_rank_all_change_order_and_crops(index: Index) -> None:
+    """Any two batches of different places or seeds: other samples; and of the same sample, other views."""
+    one = index.take([5] * 64)
+    places = [(seed, epoch, rank) for seed in (7, 8) for epoch in (0, 1) for rank in (0, 1)]
+    orders, views = set(), []
+    for seed, epoch, rank in places:
+        where = {"seed": seed, "epoch": epoch, "rank": rank, "world_size": 2, "batch_size": 32, "image_size": 16}
+        [batch] = batches(index, 1, **where)
+        orders.add(tuple(batch.samples.tolist()))
+        [again] = batches(index, 1, **where)
+        assert same(batch, again)
+        [batch] = batches(one, 1, **where)
+        views += [view for both in batch.views for view in both]
+    assert len(orders) == len(places)
+    assert len({view.numpy().tobytes() for view in views}) == len(views) == 8 * 2 * 16
 
 
 def test_samples_and_files_name_the_rows(index: Index) -> None:

@@ -44,7 +44,7 @@ def rows_of(n: int, epoch: int, world_size: int, skipped: list[tuple[int, ...]] 
     return [rank_order(n, 12, 1, epoch, rank, world_size, lists[rank]).tolist() for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("n", [60, 61, 66, 12])
 def test_an_epoch_has_distinct_samples(n: int, world_size: int) -> None:
     steps, local = steps_per_epoch(n, 12), 12 // world_size

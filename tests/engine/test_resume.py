@@ -3,12 +3,15 @@
 import random
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from synco_fast.data.index import Index, scan
 from tests.conftest import environment
 from tests.engine.runs import differences, final_state, kill_after, pretrain_command, rows, run_until
+from tests.formats import FORMATS
 
 STEPS = 24
 
@@ -62,3 +65,20 @@ def test_stopped_by_signal(number: int, images: Path, tiny: Path, tmp_path: Path
     assert 8 <= stopped_at < STEPS
     subprocess.run(command, check=True, env=environment(), capture_output=True)
     check_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("make", [FORMATS["tar_with_numbers"], FORMATS["imagenet"]], ids=["WebDataset", "TFRecord"])
+def test_killed_while_reading_shards(
+    make: Callable[[Index, Path], Path], images: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """SIGKILL twice in the middle of an epoch of 6 steps, with checkpoints in the middle of it."""
+    data = make(scan(images), tmp_path / "shards")
+    short = ("--set", "trainer.max_steps=10", "--set", "checkpoint.every_steps=2")
+    whole = pretrain_command(tiny, data, tmp_path / "whole", *short)
+    subprocess.run(whole, check=True, env=environment(), capture_output=True)
+    killed = pretrain_command(tiny, data, tmp_path / "killed", *short)
+    for step in (3, 9):
+        kill_after(killed, step)
+    subprocess.run(killed, check=True, env=environment(), capture_output=True)
+    assert differences(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
