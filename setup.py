@@ -2,8 +2,8 @@
 
 Two libraries are compiled: the kernels of the op, synco_fast/_kernels*.so, against the torch that is installed, and
 the augmentation, synco_fast/_augment*.so, against the DALI that is installed: install with `--no-build-isolation`.
-With nvcc of torch's CUDA version there is a CUDA kernel in it too, on a machine with or without a GPU. What cannot be
-built is said and left out; `synco-fast doctor` says it again.
+With nvcc of torch's CUDA version they hold CUDA kernels too, on a machine with or without a GPU. What cannot be built
+is said and left out; `synco-fast doctor` says it again.
 """
 
 import glob
@@ -110,13 +110,18 @@ def compiled_kernels() -> dict[str, Any]:
                 extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
             )
         ]
-    extensions += augmentation(flags)
+    extensions += augmentation(flags, None if obstacle else nvcc_flags)
     return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildKernels.with_options(use_ninja=False)}}
 
 
-def augmentation(flags: list[str]) -> list[Extension]:
-    """The augmentation operator as a list of one extension, or of none when it cannot be built here."""
-    from torch.utils.cpp_extension import CUDA_HOME
+def augmentation(flags: list[str], nvcc_flags: list[str] | None) -> list[Extension]:
+    """The augmentation operator as a list of one extension, or of none when it cannot be built here.
+
+    Args:
+        flags: of the C++ compiler.
+        nvcc_flags: of nvcc, or None where the operator is for the CPU only.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME, library_paths
 
     try:
         import nvidia.dali
@@ -132,14 +137,25 @@ def augmentation(flags: list[str]) -> list[Extension]:
     ours = ["-std=c++17", "-ffp-contract=off", "-Wno-free-nonheap-object"]
     ours += [flag.replace("-I", "-isystem", 1) for flag in dali.get_compile_flags()]
     ours.append(f'-DSYNCO_DALI_VERSION="{nvidia.dali.__version__}"')
+    sources, macros, device_flags = sorted(glob.glob("kernels/augment/*.cpp")), [], []
+    link = [*dali.get_link_flags(), "-ldali_core"]
+    if nvcc_flags is not None:
+        sources.append("kernels/augment/view.cu")
+        macros.append(("SYNCO_WITH_CUDA", None))
+        device_flags = ["-std=c++17", "--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden", *nvcc_flags]
+        # A CUDA runtime of its own, whose names nobody else sees: DALI has one inside, of its wheel's CUDA version, and
+        # torch's may be of a third. Streams, pointers and contexts are the driver's, and so the same for all of them.
+        link += [f"-L{folder}" for folder in library_paths(device_type="cuda")]
+        link += ["-lcudart_static", "-lrt", "-lpthread", "-ldl", "-Wl,--exclude-libs,ALL"]
     return [
         Extension(
             "synco_fast._augment",
-            sources=sorted(glob.glob("kernels/augment/*.cpp")),
-            include_dirs=[os.path.abspath("kernels/include"), headers],
+            sources=sources,
+            include_dirs=[*(os.path.abspath(f"kernels/{folder}") for folder in ("include", "cuda")), headers],
             depends=sorted(glob.glob("kernels/**/*.h", recursive=True)),
-            extra_compile_args={"cxx": [*flags, *ours]},
-            extra_link_args=[*dali.get_link_flags(), "-ldali_core"],
+            define_macros=macros,
+            extra_compile_args={"cxx": [*flags, *ours], "nvcc": device_flags},
+            extra_link_args=link,
         )
     ]
 

@@ -195,8 +195,8 @@ __device__ __forceinline__ T bit_cast(U u) {
 }
 }  // namespace detail
 
-// One access to global memory of 1, 2, 4, 8 or 16 bytes, aligned to its size. load_global is for what no block writes
-// during the launch; load_global_cg goes past L1 and reads what other blocks wrote before the last grid_sync.
+// One access to global memory of 1, 2, 4, 8 or 16 bytes, aligned to its size. load_global is for what no other block
+// writes during the launch; load_global_cg goes past L1 and reads what other blocks wrote before the last grid_sync.
 #define SYNCO_DEFINE_LOAD(name, opcode)                                                          \
   template <class T>                                                                             \
   __device__ __forceinline__ T name(const T* p) {                                                \

@@ -11,13 +11,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 CACHE = REPOSITORY / "build" / "simt"
-INCLUDE = ("kernels/cuda", "kernels/include", "tests/simt")
+INCLUDE = ("kernels/augment", "kernels/cuda", "kernels/include", "tests/simt")
 RUNTIME = ("fibers.cpp", "collectives.cpp", "memory.cpp", "cuda_on_cpu.cpp")
 COMMON = ("-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DSYNCO_HOST_SIMT", "-fno-strict-aliasing")
 JOBS = 2
@@ -62,6 +62,27 @@ def build(sources: Sequence[Path], variant: str, *, flags: Sequence[str] = (), c
         jobs += _start(pool, parts, ["g++", *COMMON, "-O3", "-g1", *runtime], cache)
         objects = [str(job.result()) for job in jobs]
     return _once(cache / f"{sources[0].stem}-{variant}-{_hash(*objects, *link)}", ["g++", *objects, *link])
+
+
+def edited(name: str, files: Iterable[Path], edits: Mapping[str, Sequence[tuple[str, str]]]) -> Path:
+    """A folder with copies of files, pieces of whose text are replaced. Each piece must be there, and only once.
+
+    Args:
+        name: of the folder.
+        edits: for each file's name (old, new) texts, replaced in turn.
+    """
+    folder = CACHE / f"edited-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = list(files)
+    assert edits.keys() <= {path.name for path in paths}
+    for path in paths:
+        text = path.read_text()
+        for old, new in edits.get(path.name, ()):
+            found = text.count(old)
+            assert found == 1, f"{path.name} has this {found} times: {old}"
+            text = text.replace(old, new)
+        (folder / path.name).write_text(text)
+    return folder
 
 
 def compile_for_gpus(source: Path, architectures: Sequence[int], *, cache: Path = CACHE) -> Path:

@@ -6,7 +6,7 @@ import os
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from synco_fast.ops import KINDS, HardNegatives, eager, stat_names
 from tests.ops.cases import rounding_floor, run
-from tests.simt.build import CACHE, REPOSITORY, build
+from tests.simt.build import REPOSITORY, build, edited
 
 KERNELS = REPOSITORY / "kernels/cuda"
 MAIN = REPOSITORY / "tests/simt/infonce_main.cpp"
@@ -43,24 +43,10 @@ def program(variant: str = "plain") -> Path:
 
 
 def edited_program(
-    name: str, edits: Mapping[str, tuple[tuple[str, str], ...]], variant: str = "plain", *, flags: tuple[str, ...] = ()
+    name: str, edits: Mapping[str, Sequence[tuple[str, str]]], variant: str = "plain", *, flags: tuple[str, ...] = ()
 ) -> Path:
-    """The kernel with pieces of its text replaced, in a copy. Each piece must be there, and only once.
-
-    Args:
-        name: of the copy's folder.
-        edits: for each file (old, new) texts, replaced in turn.
-    """
-    folder = CACHE / f"edited-{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {path.name: path.read_text() for path in (*KERNELS.iterdir(), MAIN)}
-    for file, replacements in edits.items():
-        for old, new in replacements:
-            found = texts[file].count(old)
-            assert found == 1, f"{file} has this {found} times: {old}"
-            texts[file] = texts[file].replace(old, new)
-    for file, text in texts.items():
-        (folder / file).write_text(text)
+    """The kernel with pieces of its text replaced, see `edited`."""
+    folder = edited(name, (*KERNELS.iterdir(), MAIN), edits)
     return build([folder / "infonce.cu", folder / MAIN.name], variant, flags=flags)
 
 
