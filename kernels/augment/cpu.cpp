@@ -178,7 +178,7 @@ void change_colours(const View& view, Planes planes, int n) {
 }
 
 // One box filter over n values, whose neighbours are `step` apart and are there on both sides. With its radius known, sums
-// stay in registers.
+// stay in registers. They have 16 bits: the operator takes no radius beyond 127.
 template <int known_radius>
 SYNCO_INLINE void box_filter_inline(const uint8_t* in, uint8_t* out, int n, int step, int any_radius, uint32_t weight,
                                     uint32_t edge_weight) {

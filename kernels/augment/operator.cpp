@@ -32,7 +32,7 @@ View checked(const float* numbers, const dali::TensorShape<>& shape, int size, i
   for (const auto& step : view.steps) {
     DALI_ENFORCE(step.colour < kColours, dali::make_string("numbers of sample ", i, ": no such colour operation"));
   }
-  DALI_ENFORCE(view.blur_radius < 4096, dali::make_string("numbers of sample ", i, ": the blur is too wide"));
+  DALI_ENFORCE(view.blur_radius < 128, dali::make_string("numbers of sample ", i, ": the blur is too wide"));
   return view;
 }
 

@@ -265,8 +265,8 @@ Plan plan_views(const Item<T>* items, int n, int size, int processors) {
 template <class T>
 cudaError_t make_views(const Item<T>* items, const T* values, uint32_t* workspace, const Plan& plan, cudaStream_t stream) {
   if (!plan.views) return cudaSuccess;
-  return SYNCO_LAUNCH_COOPERATIVE((view_kernel<T>), plan.blocks, kThreads, Shared<T>::bytes(), stream, items, values,
-                                  workspace, plan);
+  return SYNCO_LAUNCH((view_kernel<T>), plan.blocks, kThreads, Shared<T>::bytes(), stream, items, values, workspace,
+                      plan);
 }
 
 #define SYNCO_INSTANTIATE(T)                                  \

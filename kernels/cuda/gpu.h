@@ -3,7 +3,7 @@
 // nvcc gets CUDA. g++ with -DSYNCO_HOST_SIMT gets the same names from tests/simt, where each CUDA thread is a fiber and
 // the same kernel source runs, and is checked, on a CPU. What that asks of kernels:
 //   - warp collectives take the full mask, in uniform control flow; lanes that meet in memory meet in __syncwarp;
-//   - every launch is cooperative, and no thread spins: blocks meet in grid_sync;
+//   - no thread spins: blocks meet in grid_sync, and then the launch is cooperative;
 //   - where two places must round alike, write fmaf;
 //   - the arrays of a SharedArena die when the block opens its next one, which takes a barrier in between.
 #pragma once
@@ -19,10 +19,12 @@
 #include <cuda_runtime.h>
 #endif
 
-// cudaError_t of launching `kernel` with all its blocks alive at once. A kernel with commas goes in parentheses:
-//   SYNCO_LAUNCH_COOPERATIVE((infonce<128, 4>), grid, block, shared_bytes, stream, arguments...)
+// cudaError_t of launching `kernel`; the second with all its blocks alive at once, for those that meet. A kernel with
+// commas goes in parentheses: SYNCO_LAUNCH((infonce<128, 4>), grid, block, shared_bytes, stream, arguments...)
+#define SYNCO_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::synco::launch<false>(#kernel, (kernel), dim3(grid), dim3(block), (shared_bytes), (stream), __VA_ARGS__)
 #define SYNCO_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
-  ::synco::launch_cooperative(#kernel, (kernel), dim3(grid), dim3(block), (shared_bytes), (stream), __VA_ARGS__)
+  ::synco::launch<true>(#kernel, (kernel), dim3(grid), dim3(block), (shared_bytes), (stream), __VA_ARGS__)
 
 namespace synco {
 
@@ -36,9 +38,10 @@ __host__ __device__ constexpr unsigned shared_end(unsigned offset, unsigned n) {
 
 #ifdef SYNCO_HOST_SIMT
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch_cooperative(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                               size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+// All blocks are alive at once here in any case.
+template <bool cooperative, class... Parameters, class... Arguments>
+cudaError_t launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, const Arguments&... arguments) {
   return ::simt::launch(name, kernel, grid, block, shared_bytes, static_cast<Parameters>(arguments)...);
 }
 
@@ -104,18 +107,18 @@ inline void sine_cosine_pi(float x, float* sine, float* cosine) {
 
 #else  // nvcc
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch_cooperative(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                               cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+template <bool cooperative, class... Parameters, class... Arguments>
+cudaError_t launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = cooperative;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &cooperative;
+  config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
