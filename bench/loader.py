@@ -25,17 +25,19 @@ from bench.rows import append
 from synco_fast.config import DTYPES
 from synco_fast.data.index import Index, scan
 from synco_fast.data.operator import resolve
+from synco_fast.data.pack import pack
 from synco_fast.data.recipes import RECIPES
 from synco_fast.errors import UserError
 
 Row = dict[str, Any]
 Case = tuple[str, Setting, bool]  # contender, setting, cold page cache
 _WARM_UP = 2
+_SHARD_BYTES = 500_000_000
 _PACKAGES = ("torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
-def cases(base: Setting, only: Sequence[str], vary: bool) -> list[Case]:
-    """Every contender at the base setting; with `vary`, our loader with one thing changed at a time."""
+def cases(base: Setting, only: Sequence[str], vary: bool, packed: Index | None) -> list[Case]:
+    """Every contender at the base setting; with `vary`, our loader with one thing changed, and on `packed` images."""
     listed: list[Case] = [(name, base, False) for name in only]
     if vary:
         changes: list[dict[str, Any]] = [{"prefetch": n} for n in (1, 2, 4) if n != base.prefetch]
@@ -43,6 +45,9 @@ def cases(base: Setting, only: Sequence[str], vary: bool) -> list[Case]:
         changes += [{"dtype": torch.float16}, {"batch": 2 * base.batch}]
         listed += [("synco_fast", dataclasses.replace(base, **change), False) for change in changes]
         listed.append(("synco_fast", base, True))
+        if packed is not None:
+            shards = dataclasses.replace(base, index=packed)
+            listed += [("synco_fast", shards, False), ("synco_fast", shards, True)]
     return listed
 
 
@@ -85,7 +90,7 @@ def measure(listed: list[Case], rounds: int, batches: int) -> list[list[float]]:
     return rates
 
 
-def row(case: Case, rates: Sequence[float], data: str) -> Row:
+def row(case: Case, rates: Sequence[float]) -> Row:
     name, setting, cold = case
     median, p20, p80, n = quantiles(rates)
     return {
@@ -100,7 +105,7 @@ def row(case: Case, rates: Sequence[float], data: str) -> Row:
         "prefetch": setting.prefetch,
         "dtype": str(setting.dtype).removeprefix("torch."),
         "page_cache": "cold" if cold else "warm",
-        "format": data,
+        "format": "shards" if setting.index.shards else "files",
     }
 
 
@@ -152,12 +157,15 @@ def run(options: argparse.Namespace) -> list[Row]:
         dtype=DTYPES[options.dtype],
         device=device,
     )
-    listed = cases(base, options.only, options.vary)
     about = about_run(options.device, _PACKAGES) | {"augmentation": resolve("auto", device), "threads": options.threads}
-    rows = [
-        row(case, rates, options.format)
-        for case, rates in zip(listed, measure(listed, options.rounds, options.batches), strict=True)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        packed = None
+        if options.vary and not base.index.shards:
+            pack(options.data, Path(folder) / "packed", _SHARD_BYTES)
+            packed = scan(Path(folder) / "packed")
+        listed = cases(base, options.only, options.vary, packed)
+        rates = measure(listed, options.rounds, options.batches)
+    rows = [row(case, rates) for case, rates in zip(listed, rates, strict=True)]
     if options.step is not None:
         rows.append(data_wait(options.step, options.data, options.steps))
     append(options.output or default_output("loader", about), [about | row for row in rows])
@@ -172,7 +180,6 @@ def _synchronize(device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the loader against what it replaces.")
     parser.add_argument("--data", type=Path, required=True, help="images, as data.root")
-    parser.add_argument("--format", default="folder", help="what --data is, for the rows")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, default=64, help="images per batch")
     parser.add_argument("--size", type=int, default=224, help="side of a view in pixels")

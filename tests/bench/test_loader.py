@@ -34,9 +34,11 @@ def test_every_contender_and_every_change_has_a_row(images: Path, tiny: Path, tm
     timed = [row for row in rows if row["contender"] != "pretrain"]
     assert [row["contender"] for row in timed][: len(CONTENDERS)] == list(CONTENDERS)
     assert all(row["images_per_second"] > 0 and row["augmentation"] == "compiled" and row["commit"] for row in timed)
-    base = {name: timed[0][name] for name in ("batch", "threads", "prefetch", "dtype", "page_cache")}
-    for row in timed[len(CONTENDERS) :]:
-        assert sum(row[name] != value for name, value in base.items()) == 1
+    base = {name: timed[0][name] for name in ("batch", "threads", "prefetch", "dtype", "page_cache", "format")}
+    *varied, cold_shards = timed[len(CONTENDERS) :]
+    changes = [[name for name, value in base.items() if row[name] != value] for row in varied]
+    assert sorted({name for [name] in changes}) == sorted(base)
+    assert (cold_shards["page_cache"], cold_shards["format"]) == ("cold", "shards")
     [step] = [row for row in rows if row["contender"] == "pretrain"]
     assert 0 <= step["data_wait"] <= 1 and step["config"] == "tiny.yaml"
     assert f"{'synco_fast':<24}" in done.stdout and "tiny.yaml" in done.stdout
