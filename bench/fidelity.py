@@ -22,7 +22,7 @@ from bench.torchvision_views import torchvision_recipe, torchvision_view
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.numbers import view_numbers
-from synco_fast.data.operator import Augmentation
+from synco_fast.data.operator import Augmentation, resolve
 from synco_fast.data.pipeline import train_pipeline
 from synco_fast.data.reader import read_image
 from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES, Recipe
@@ -204,13 +204,20 @@ def main() -> None:
     options = parser.parse_args()
     try:
         index = scan(options.data)
+        if index.shards:
+            raise UserError(f"{options.data} holds shards; expected images in files of their own")
         index = index.take(range(min(options.images, len(index))))
         about = about_run("cpu", ["torchvision", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130"])
         rows = compare(index, options.size, options.augmentation)
         rows += channel_statistics(index, options.size, options.views)
     except UserError as error:
         sys.exit(f"error: {error}")
-    common = {"images": len(index), "size": options.size, "views": options.views, "augmentation": options.augmentation}
+    common = {
+        "images": len(index),
+        "size": options.size,
+        "views": options.views,
+        "augmentation": resolve(options.augmentation, CPU),
+    }
     append(options.output or default_output("fidelity", about), [{**row, **common, **about} for row in rows])
     print(table(rows))
 

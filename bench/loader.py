@@ -25,6 +25,7 @@ from bench.rows import append
 from synco_fast.config import DTYPES
 from synco_fast.data.index import Index, scan
 from synco_fast.data.operator import resolve
+from synco_fast.data.order import steps_per_epoch
 from synco_fast.data.pack import pack
 from synco_fast.data.recipes import RECIPES
 from synco_fast.errors import UserError
@@ -147,8 +148,17 @@ def run(options: argparse.Namespace) -> list[Row]:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device")
+    index = scan(options.data)
+    steps_per_epoch(len(index), options.batch)  # or the error that says what is too small
+    filed = [name for name in options.only if CONTENDERS[name].needs_files]
+    if index.shards and filed:
+        raise UserError(
+            f"--only {','.join(filed)}: reads images in files of their own, and {options.data} holds shards"
+        )
+    if options.steps < 2:
+        raise UserError(f"--steps {options.steps}: expected 2 or more, of which the first half is not counted")
     base = Setting(
-        index=scan(options.data),
+        index=index,
         recipe=RECIPES["moco_v2"],
         batch=options.batch,
         size=options.size,

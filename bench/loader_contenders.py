@@ -50,7 +50,7 @@ class Contender(NamedTuple):
     """Endless batches of a setting; closing the generator stops what makes them."""
 
     batches: Callable[[Setting], Batches]
-    what: str
+    needs_files: bool = False
 
 
 def ours(augmentation: Augmentation) -> Callable[[Setting], Batches]:
@@ -217,12 +217,13 @@ def _endless_rows(setting: Setting) -> Iterator[list[int]]:
 
 
 CONTENDERS = {
-    "synco_fast": Contender(ours("auto"), "the loader of synco-fast pretrain"),
-    "plain": Contender(ours("plain"), "the same without the compiled operator"),
-    "read": Contender(read_only, "files and headers only, on one thread"),
-    "read_decode": Contender(read_and_decode, "the loader without views"),
-    "torchvision": Contender(torchvision_loader, "DataLoader, PIL decodes once, both views by torchvision"),
-    "dali_chain": Contender(dali_chain(), "DALI's own operators, one decode; another augmentation"),
-    "dali_chain_decode_twice": Contender(dali_chain(decode_twice=True), "the same, each view's region decoded alone"),
-    "dali_chain_jitter_first": Contender(dali_chain(jitter_first=True), "the same, colours before resizing"),
+    "synco_fast": Contender(ours("auto")),
+    "plain": Contender(ours("plain")),
+    "read": Contender(read_only),
+    "read_decode": Contender(read_and_decode),
+    "torchvision": Contender(torchvision_loader, needs_files=True),
+    "dali_chain": Contender(dali_chain(), needs_files=True),
+    "dali_chain_decode_twice": Contender(dali_chain(decode_twice=True), needs_files=True),
+    "dali_chain_jitter_first": Contender(dali_chain(jitter_first=True), needs_files=True),
 }
+"""bench/README.md says what each is."""

@@ -12,8 +12,10 @@ import torch
 
 from bench.fidelity import Moments, differences
 from bench.loader_contenders import CONTENDERS
+from synco_fast.data.index import scan
 from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD, RECIPES
 from tests.conftest import REPOSITORY, environment
+from tests.formats import tar_with_folders
 
 
 def bench(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -47,8 +49,16 @@ def test_every_contender_and_every_change_has_a_row(images: Path, tiny: Path, tm
 def test_mistakes_are_named(images: Path, tmp_path: Path) -> None:
     done = bench("loader", "--data", images, "--only", "synco_fast,dalli")
     assert done.returncode == 1 and "--only dalli: expected some of synco_fast" in done.stderr
-    done = bench("loader", "--data", tmp_path)
-    assert done.returncode == 1 and f"data folder {tmp_path} is empty" in done.stderr
+    done = bench("loader", "--data", images, "--batch", 101)
+    assert done.returncode == 1 and "has 100 images, fewer than one batch of 101" in done.stderr
+    shards = tar_with_folders(scan(images), tmp_path / "shards")
+    done = bench("loader", "--data", shards, "--batch", 8)
+    assert done.returncode == 1 and "--only torchvision,dali_chain" in done.stderr and "holds shards" in done.stderr
+    done = bench("fidelity", "--data", shards)
+    assert done.returncode == 1 and "holds shards" in done.stderr
+    (tmp_path / "empty").mkdir()
+    done = bench("loader", "--data", tmp_path / "empty")
+    assert done.returncode == 1 and f"data folder {tmp_path / 'empty'} is empty" in done.stderr
 
 
 def test_fidelity_has_a_row_for_every_operation(images: Path, tmp_path: Path) -> None:
