@@ -44,6 +44,7 @@ class Setting:
 
 
 Batches = Iterator[Any]
+_REPEATS = 1000
 
 
 class Contender(NamedTuple):
@@ -126,15 +127,17 @@ def torchvision_loader(setting: Setting) -> Batches:
 
 
 class TwoViews(Dataset[list[torch.Tensor]]):
+    """Each image many times over, as a DataLoader stands still between epochs, which are long in earnest."""
+
     def __init__(self, setting: Setting) -> None:
         self._paths = [setting.index.path(i) for i in range(len(setting.index))]
         self._augment = torchvision_recipe(setting.recipe, setting.size)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return _REPEATS * len(self._paths)
 
     def __getitem__(self, i: int) -> list[torch.Tensor]:
-        image = Image.open(self._paths[i]).convert("RGB")
+        image = Image.open(self._paths[i % len(self._paths)]).convert("RGB")
         return [self._augment(image), self._augment(image)]
 
 

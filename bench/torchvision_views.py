@@ -27,7 +27,7 @@ def torchvision_recipe(recipe: Recipe, size: int) -> transforms.Compose:
             *colour,
             transforms.RandomHorizontalFlip(recipe.flip_probability),
             transforms.ToTensor(),
-            transforms.Normalize(recipe.mean, recipe.std),
+            transforms.Normalize(recipe.mean, recipe.std, inplace=True),
         ]
     )
 

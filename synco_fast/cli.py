@@ -1,6 +1,8 @@
 """The console command `synco-fast`."""
 
+import io
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -104,7 +106,7 @@ def view(
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("views.png"),
     images: Annotated[int, typer.Option(min=1, help="Images to show.")] = 8,
     recipe: Annotated[str, typer.Option(help="moco_v2 or moco_v1.")] = "moco_v2",
-    image_size: Annotated[int, typer.Option(min=16, help="Side of a view in pixels.")] = 224,
+    image_size: Annotated[int, typer.Option(min=16, max=4096, help="Side of a view in pixels.")] = 224,
     seed: Annotated[int, typer.Option(min=0, help="Of the views.")] = 0,
 ) -> None:
     """Write a grid of augmented views: each row an image and its two views."""
@@ -158,6 +160,10 @@ def verify(
     index = scan(root)
     if output is not None:
         check_listable(index, output)  # not after an hour of decoding
+        if output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{output}: no list of images can be written there; name a file in a folder you can write to"
+            )
     report = verification.verify(index, workers)
     typer.echo(report.text())
     if output is not None:
@@ -177,6 +183,8 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: a user's error, or one of the operating system's, is one message and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, and are printed as they are
     try:
         app()
     except (UserError, OSError) as error:

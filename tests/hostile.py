@@ -45,6 +45,8 @@ def hostile_kinds(rng: np.random.Generator) -> dict[str, tuple[bytes, bool]]:
         "text": (b"no image\n" * 20, True),
         "zip": (zipped(), True),
         "20,000 x 20,000 and no data": (headed(jpeg, 20_000, 20_000), True),
+        "PNG of no width": (encoded(image, "PNG")[:16] + bytes(4) + encoded(image, "PNG")[20:], True),
+        "PPM of one row, too long": (b"P6 70000 1 255\n" + bytes(210_000), True),
         "PNG cut": (encoded(image, "PNG")[:-40], True),
         "one pixel": (encoded(image.resize((1, 1)), "JPEG"), False),
         "CMYK": (encoded(image.convert("CMYK"), "JPEG"), False),

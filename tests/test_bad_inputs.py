@@ -173,6 +173,7 @@ def test_data_of_a_missing_folder(command: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("output", "names"),
     [
+        ("gone/clean.txt", ("gone/clean.txt", "no list of images can be written there")),
         ("data/clean.jpg", ("clean.jpg", "named like an image")),
         ("data/clean.tar", ("clean.tar", "named like an image or a shard")),
     ],
@@ -191,6 +192,21 @@ def test_data_verify_with_a_name_that_a_list_cannot_hold(tmp_path: Path) -> None
     done = call("data", "verify", tmp_path / "data", "--output", tmp_path / "clean.txt", "--workers", "1")
     check_error(done.code, done.err, (r"a\tb.jpg", "rename it"))
     assert done.out == "" and not (tmp_path / "clean.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["stats", "verify"])
+def test_names_that_are_not_utf8(command: str, tmp_path: Path) -> None:
+    """They are printed as the bytes they are."""
+    write_images(tmp_path / "data" / "train", 1, seed=0)
+    name = b"bad\xff.jpg"
+    (tmp_path / "data" / "train" / os.fsdecode(name)).write_bytes(b"text")
+    done = subprocess.run(
+        [*SYNCO_FAST, "data", command, tmp_path / "data"],
+        env=environment() | {"PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == (command == "verify") and name in done.stdout, done.stderr
 
 
 def test_data_view_of_a_broken_image(tmp_path: Path) -> None:
@@ -212,6 +228,7 @@ USAGE: list[tuple[list[str], tuple[str, ...]]] = [
     (["knn", "x.pt", "--data", "y", "--k", "many"], ("--k", "integer")),
     (["data", "stats"], ("root",)),
     (["data", "verify", "x", "--workers", "0"], ("--workers", "equal to 1")),
+    (["data", "view", "x", "--image-size", "5000"], ("--image-size", "4096")),
 ]
 
 

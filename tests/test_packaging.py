@@ -14,7 +14,7 @@ import pytest
 
 from synco_fast.data import operator
 from synco_fast.ops.compiled import LIBRARY
-from tests.conftest import REPOSITORY, environment
+from tests.conftest import REPOSITORY, TINY, environment
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 PIP_INSTALL = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
@@ -169,3 +169,14 @@ def test_compiler_that_fails(source: Path) -> None:
     status, said = run(sys.executable, "setup.py", "-q", "build_ext", cwd=source, CUDA_HOME="none", CXX="false")
     assert status != 0
     assert "synco_fast: the kernels did not compile: CUDA_HOME=none leaves out the CUDA kernel, CXX=none all" in said
+
+
+def test_augmentation_that_cannot_be_used_is_refused_first(
+    without_compiler: Path, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    command = ("-m", "synco_fast", "pretrain", "tiny.yaml", "--data", images, "--set", "output=run")
+    asked = ("--set", "data.augmentation=compiled")
+    status, said = run(sys.executable, *command, *asked, cwd=tmp_path, PYTHONPATH=str(without_compiler))
+    assert status == 1 and "data.augmentation = compiled: cannot be used here: the augmentation is not compiled" in said
+    assert not (tmp_path / "run").exists()

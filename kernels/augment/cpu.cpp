@@ -7,19 +7,11 @@
 
 #include <algorithm>
 
+#include "synco/clones.h"
+
 namespace synco::augment {
 
 namespace {
-
-// Compiled once for each instruction set worth having, the best one chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SYNCO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SYNCO_CLONES
-#endif
-
-// Into the clones, or these would be compiled for the default instruction set alone.
-#define SYNCO_INLINE inline __attribute__((always_inline))
 
 constexpr int kRows = 4;    // resized along x together
 constexpr int kPixel = 4;   // bytes: red, green, blue and one more, so that a pixel is a word

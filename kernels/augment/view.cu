@@ -24,6 +24,7 @@ namespace {
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kValues = 3 * 256;
+constexpr size_t kWorkspaceLimit = size_t{1} << 30;  // bytes, unless a single block needs more; reached at some 1000 pixels
 
 struct Pixel {
   int r, g, b;
@@ -252,13 +253,15 @@ int most_taps(int input, int output) {
 
 template <class T>
 Plan plan_views(const Item<T>* items, int n, int size, int processors) {
-  Plan plan{n, size, 0, static_cast<unsigned>(std::min(n, processors)), 0};
+  Plan plan{n, size, 0, 0, 0};
   for (int i = 0; i < n; ++i) {
     const View& view = items[i].view;
     plan.taps = std::max({plan.taps, most_taps(view.width, view.resized_width),
                           most_taps(view.height, view.resized_height)});
   }
   plan.words = 2 * static_cast<size_t>(size) * (size + 2 + plan.taps);
+  const size_t fit = std::max<size_t>(1, kWorkspaceLimit / (plan.words * sizeof(uint32_t)));
+  plan.blocks = static_cast<unsigned>(std::min<size_t>(fit, std::min(n, processors)));
   return plan;
 }
 

@@ -1,18 +1,10 @@
 // exp2, log, sine and cosine as straight-line code that a compiler can vectorise. Libm's are calls.
 #pragma once
 
+#include "synco/clones.h"
 #include "synco/portable.h"
 
 namespace synco::cpu {
-
-// Compiled once for each instruction set worth having, the best one chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define SYNCO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SYNCO_CLONES
-#endif
-// Into the clones, or these would be compiled for the default instruction set alone.
-#define SYNCO_INLINE inline __attribute__((always_inline))
 
 SYNCO_INLINE float bits_to_float(uint32_t bits) {
   float value;

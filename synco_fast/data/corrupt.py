@@ -1,5 +1,6 @@
 """What to do about bad files. A file is bad exactly if the loader cannot make a view of it: there is no other rule."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Checker:
             self._pipeline.run()
         except RuntimeError as error:
             self._pipeline = None  # DALI is dead after an error
-            if "decod" not in str(error) or "alloc" in str(error).lower():
+            if not blames_file(str(error)):
                 raise
             return Checked(decoding_fault(data) or "cannot be decoded by DALI, though it can by PIL", header.format)
         return Checked(None, header.format)
@@ -73,6 +74,12 @@ class Checker:
             threads=1,
             prefetch=1,
         )
+
+
+def blames_file(message: str) -> bool:
+    """Whether a pipeline's error is about the image it decodes. Only names and reasons count: paths may hold any word."""
+    reason = message.rpartition("encountered:")[2]
+    return re.search(r"operator `[\w.]*\bdecoders\b", message) is not None and "alloc" not in reason.lower()
 
 
 class BadSamples:
@@ -109,6 +116,6 @@ class BadSamples:
     def _failure(self, sample: int, fault: str, others: int) -> UserError:
         more = f" (and {others} more of its batch)" if others else ""
         return UserError(
-            f"image file {self._index.sample(sample)} {fault}{more}; replace or remove it, pretrain without such files "
-            f"(data.on_corrupt=skip), or list them all with `synco-fast data verify`"
+            f"image file {self._index.sample(sample)} {fault}{more}; replace or remove it, list all such files with "
+            f"`synco-fast data verify`, or pretrain without them (data.on_corrupt=skip)"
         )

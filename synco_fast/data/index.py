@@ -142,7 +142,7 @@ def _list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
                     images.append(entry.name)
                 else:
                     others.append(entry.name)

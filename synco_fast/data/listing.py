@@ -80,7 +80,7 @@ def read_list(listing: Path) -> Index:
         UserError: the list is malformed, or does not fit the files there are; names list and line.
     """
     try:
-        content = listing.read_text(encoding="utf-8")
+        content = listing.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"file list {listing} is not UTF-8 text; {LAYOUTS}") from error
     except OSError as error:
@@ -138,9 +138,11 @@ class _Parser:
             return None, ()
         if len(numbers) != len(labels):
             raise UserError(f"file list {self.listing} labels {len(numbers)} of {len(labels)} files; label all or none")
-        count = max(max(numbers), max(self.classes, default=0)) + 1
         if not self.classes:
-            return torch.tensor(numbers), self._folders(count) or tuple(str(number) for number in range(count))
+            present = sorted(set(numbers))
+            dense = {number: label for label, number in enumerate(present)}
+            return torch.tensor([dense[number] for number in numbers]), self._folders() or tuple(map(str, present))
+        count = max(*numbers, *self.classes) + 1
         missing = sorted(set(range(count)) - set(self.classes))
         if missing:
             raise UserError(
@@ -149,13 +151,13 @@ class _Parser:
             )
         return torch.tensor(numbers), tuple(self.classes[number] for number in range(count))
 
-    def _folders(self, count: int) -> tuple[str, ...] | None:
+    def _folders(self) -> tuple[str, ...] | None:
         """Names of the folders by class number, where every class has a folder of its own."""
-        pairs = {(label, path.rpartition("/")[0]) for path, label in self.in_files}
+        pairs = {(label, path.rpartition("/")[0]) for path, label in self.in_files if label is not None}
         names = {label: folder.rpartition("/")[2] for label, folder in pairs}
-        if not len(pairs) == len(names) == len(set(names.values()) - {""}) == count:
+        if not pairs or not len(pairs) == len(names) == len(set(names.values()) - {""}):
             return None
-        return tuple(names[label] for label in range(count))
+        return tuple(names[label] for label in sorted(names))
 
     def _heed(self, where: str, fields: list[str]) -> None:
         if fields[0] == "# root" and len(fields) == 2:

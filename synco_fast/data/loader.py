@@ -161,7 +161,8 @@ class TrainLoader:
                 raise self._used_up()
             if self.step < steps:
                 return order[self.step * self._local : (self.step + 1) * self._local]
-            self.epoch, self.step = self.epoch + 1, self.step - steps
+            # Samples that were skipped on other ranks may have shortened this epoch to less than was done of it.
+            self.epoch, self.step = self.epoch + 1, max(0, self.step - max(steps, self.steps_per_epoch))
 
     def _order(self, epoch: int) -> Tensor:
         found = tuple(self.bad.found)

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from synco_fast.data.index import scan, splits
 from synco_fast.data.listing import check_listable, write_list
-from synco_fast.data.reader import read_header
-from synco_fast.data.samples import IMAGE_SUFFIXES, Index, read_bytes
+from synco_fast.data.reader import BadFile, read_header
+from synco_fast.data.samples import IMAGE_SUFFIXES, Index, Sample, read_bytes
 from synco_fast.data.shards import INDEX_NAME, scan_shards
 from synco_fast.data.tar import scan_tar
 from synco_fast.errors import UserError
@@ -180,10 +180,17 @@ def _entry(index: Index, keys: list[str], i: int) -> bytes:
         raise UserError(f"image file {sample} cannot be read: {error.strerror}") from error
     suffix = os.path.splitext(sample.name)[1]
     if suffix.lower() not in IMAGE_SUFFIXES:
-        kind = read_header(sample).format.lower()
-        suffix = ".jpg" if kind == "mpo" else f".{kind}"
+        suffix = _suffix(sample)
     image = _member(keys[i] + suffix, data)
     return image if index.labels is None else image + _member(keys[i] + ".cls", b"%d" % int(index.labels[i]))
+
+
+def _suffix(sample: Sample) -> str:
+    """Of a record, which has no file name: what its bytes are, or .jpg if they are no image."""
+    try:
+        return f".{read_header(sample).format.lower()}"
+    except BadFile:
+        return ".jpg"
 
 
 def _member(name: str, data: bytes) -> bytes:

@@ -20,6 +20,7 @@ from synco_fast.errors import UserError
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # as PIL calls them; it tries no others
 _MOST_PIXELS = 178_956_970  # PIL refuses more, and a header alone must not make anyone allocate gigabytes
+_LONGEST_SIDE = 65_535  # a JPEG has no longer; PIL takes minutes over longer rows, and DALI refuses them
 _HEAD_BYTES = 1 << 16
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
@@ -145,6 +146,7 @@ def _converted(sample: Sample, data: bytes) -> tuple[np.ndarray, Header]:
         form = image.format or "unknown"
         if form == "WEBP":
             return np.frombuffer(data, np.uint8), Header(image.height, image.width, form)
+        _check_size(sample, Header(image.height, image.width, form))
         try:
             pixels = image.convert("RGB")
         except MemoryError:
@@ -161,11 +163,13 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _check_size(sample: Sample, header: Header) -> None:
-    if header.height * header.width > _MOST_PIXELS:
+    if header.height * header.width > _MOST_PIXELS or max(header.height, header.width) > _LONGEST_SIDE:
         raise BadFile(sample, _TOO_LARGE)
+    if header.height * header.width == 0:
+        raise BadFile(sample, "has no pixels")
 
 
-_TOO_LARGE = f"has more than {_MOST_PIXELS} pixels"
+_TOO_LARGE = f"has more than {_MOST_PIXELS} pixels, or {_LONGEST_SIDE} on a side"
 _NO_IMAGE = "is not a readable image (JPEG, PNG, GIF, BMP, WebP, TIFF or PPM)"
 
 

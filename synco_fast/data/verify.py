@@ -103,7 +103,8 @@ def _start(index: Index) -> None:
     global _checker
     _checker = Checker(index, torch.device("cpu"))
     # The decoders' libraries write about every bad file there; what is to be known of it is returned.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno() if sys.__stderr__ else 2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.__stderr__.fileno() if sys.__stderr__ else 2)
 
 
 def _check(sample: int) -> Checked:

@@ -20,6 +20,7 @@ _ENTRIES = {"step": int} | dict.fromkeys(_DICTS, dict)
 _FREE = {
     "output",
     "data.root",
+    "data.augmentation",
     "data.threads",
     "data.prefetch",
     "data.on_corrupt",

@@ -23,27 +23,32 @@ class KnnProbe:
     def __init__(self, config: Config, processes: Processes, bank: Index, held_out: Index) -> None:
         self.config, self.processes, self.bank, self.held_out = config, processes, bank, held_out
         self.on_skip: Callable[[str], object] | None = None
-        self._bad: dict[str, list[int]] = {}  # in this process's share, by the index's digest
+        self._bad: dict[str, list[int]] = {"bank": [], "held out": []}  # in this process's share
 
     def measure(self, encoder: nn.Module) -> dict[str, float | int]:
         """Accuracy of the encoder's backbone, with the neighbours used. All processes call it."""
         assert isinstance(encoder, Encoder)
         # Each process has batch norm statistics of its own; the main one's are the model's.
         broadcast_buffers(encoder)
-        bank, bank_labels = self._features(encoder, self.bank)
-        features, labels = self._features(encoder, self.held_out)
+        bank, bank_labels = self._features(encoder, self.bank, "bank")
+        features, labels = self._features(encoder, self.held_out, "held out")
         k = min(self.config.knn.k, len(bank))
         accuracy = knn_accuracy(bank, bank_labels, features, labels, k=k, temperature=self.config.knn.temperature)
         return {"accuracy": accuracy, "k": k, "bank": len(bank), "held_out": len(features)}
 
-    def _features(self, encoder: Encoder, index: Index) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(self, encoder: Encoder, index: Index, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         processes = self.processes
-        loader = evaluation_loader(self.config, processes, index, self._bad.get(index.digest, []))
+        loader = evaluation_loader(self.config, processes, index, self._bad[part])
         loader.bad.on_skip = self.on_skip or loader.bad.on_skip
         bf16 = self.config.trainer.precision == "bf16"
         features, labels = extract(encoder.backbone, loader, device=processes.device, bf16=bf16)
-        self._bad[index.digest] = loader.bad.found
-        return _gather(features, len(index), processes), _gather(labels, len(index), processes)
+        if len(features) == 0:  # as wide as those of other processes
+            features = features.new_empty(0, encoder.width)
+        self._bad[part] = loader.bad.found
+        features, labels = (_gather(rows, len(index), processes) for rows in (features, labels))
+        if len(features) == 0:
+            raise UserError(f"kNN: none of the {len(index)} images in {index.root} ({part}) can be used")
+        return features, labels
 
 
 def evaluation_loader(config: Config, processes: Processes, index: Index, skipped: Sequence[int] = ()) -> EvalLoader:

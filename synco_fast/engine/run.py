@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from synco_fast.config import DTYPES, Config, check_processes
+from synco_fast.data import operator
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.recipes import RECIPES
@@ -55,6 +56,7 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     backend = config.loss.backend
     if backend != "auto" and backends()[backend] != "ok":
         raise UserError(f"loss.backend = {backend}: cannot be used here: {backends()[backend]}")
+    operator.resolve(config.data.augmentation, processes.device)
     if config.data.root is None:
         raise UserError("data.root is not set: give the images with --data DIR or --set data.root=DIR")
     root, output = Path(config.data.root), Path(config.output)

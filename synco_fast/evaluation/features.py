@@ -18,7 +18,7 @@ def extract(
         device: of the backbone. bf16: run under autocast.
 
     Returns:
-        Features (n, F) float32 and labels (n,) int64, both on the device.
+        Features (n, F) float32 and labels (n,) int64, both on the device; (0, 0) and (0,) of no batches.
     """
     training = backbone.training
     backbone.eval()
@@ -31,4 +31,6 @@ def extract(
             labels.append(truth.to(device))
     finally:
         backbone.train(training)
+    if not features:
+        return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels)

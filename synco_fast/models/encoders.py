@@ -35,9 +35,9 @@ class Encoder(nn.Module):
         super().__init__()
         if arch not in architectures():
             raise UserError(f"model.arch = {arch!r}: no such encoder; choose one of {', '.join(architectures())}")
-        self.backbone, width = _narrow_backbone() if arch == NARROW else _torchvision_backbone(arch, stem)
-        hidden = [nn.Linear(width, width), nn.ReLU()] if mlp else []
-        self.head = nn.Sequential(*hidden, nn.Linear(width, dim))
+        self.backbone, self.width = _narrow_backbone() if arch == NARROW else _torchvision_backbone(arch, stem)
+        hidden = [nn.Linear(self.width, self.width), nn.ReLU()] if mlp else []
+        self.head = nn.Sequential(*hidden, nn.Linear(self.width, dim))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))

@@ -3,18 +3,24 @@
 import gc
 import os
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from synco_fast.data.corrupt import blames_file
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import Batch, EvalLoader, TrainLoader
+from synco_fast.data.numbers import evaluation_numbers
 from synco_fast.data.order import batch_samples, epoch_order
+from synco_fast.data.pipeline import evaluation_pipeline
+from synco_fast.data.reader import read_image
 from synco_fast.data.recipes import RECIPES
 from synco_fast.data.verify import verify
 from synco_fast.errors import UserError
-from tests.hostile import write_hostile
+from tests.hostile import hostile_kinds, write_hostile
 
 CPU = torch.device("cpu")
 GOOD, HOSTILE, BATCH = 300, 30, 16
@@ -156,6 +162,15 @@ def test_a_state_at_the_end_of_an_epoch_that_got_shorter(hostile: tuple[Index, s
     assert (batch.epoch, batch.step) == (1, 0)
 
 
+def test_a_state_beyond_the_end_of_an_epoch_that_got_shorter(hostile: tuple[Index, set[int]]) -> None:
+    """Of the next epoch, nothing is left out."""
+    index, bad = hostile
+    made = loader(index, step=N // BATCH, skipped=sorted(bad))
+    batch = next(made)
+    made.close()
+    assert (batch.epoch, batch.step) == (1, 0)
+
+
 def test_ranks_replace_from_their_own_share(hostile: tuple[Index, set[int]]) -> None:
     """312 files, 5 of them bad: batches of 64 leave 56 spare ones, 28 for each of two ranks."""
     index, bad = hostile
@@ -249,9 +264,33 @@ def test_evaluation_of_nothing_but_bad_files(hostile: tuple[Index, set[int]]) ->
 
 
 def test_an_error_that_is_no_files_fault_is_not_skipped(hostile: tuple[Index, set[int]]) -> None:
-    """Views of 3 TB do not fit into memory, which is no reason to leave files out."""
+    """The operator refuses such views, which is no reason to leave files out."""
     made = loader(hostile[0], image_size=1_000_000)
     with pytest.raises(RuntimeError):
         next(made)
     made.close()
     assert set(made.bad.found) <= hostile[1]
+
+
+def test_only_what_dali_says_counts_not_where_it_was_called(tmp_path: Path) -> None:
+    """Its messages begin with paths, which may hold any word."""
+    (tmp_path / "a.png").write_bytes(hostile_kinds(np.random.default_rng(0))["PNG cut"][0])
+    data, _ = read_image(scan(tmp_path).sample(0))
+    pipeline = evaluation_pipeline(
+        lambda: [[data], evaluation_numbers(torch.tensor([[60, 80]]), 16, 16).numpy()],
+        batch_size=1,
+        image_size=16,
+        dtype=torch.float32,
+        augmentation="auto",
+        device=torch.device("cpu"),
+        threads=1,
+        prefetch=1,
+    )
+    with pytest.raises(RuntimeError) as caught:
+        pipeline.run()
+    message = str(caught.value)
+    assert "synco_fast/data/pipeline.py" in message and blames_file(message)
+    assert blames_file(message.replace("synco_fast/data/", "alloc/"))
+    where = message.rpartition("encountered:")[0]
+    assert not blames_file(where + "encountered:\n\nstd::bad_alloc")
+    assert not blames_file(message.replace("decoders.image", "synco_view").replace("synco_fast/data/", "decoders/"))

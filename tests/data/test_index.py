@@ -1,5 +1,6 @@
 """Finding image files: layouts, order, digest, and what is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,21 @@ def test_file_list(tmp_path: Path) -> None:
     listing.write_text("b/2.jpg\t2\n\n./a/1.jpg\t0\nc 3.png\t2\n")
     index = scan(listing)
     assert index.files == ("a/1.jpg", "b/2.jpg", "c 3.png")
-    assert index.labels is not None and index.labels.tolist() == [0, 2, 2]
-    assert index.classes == ("0", "1", "2")
+    assert index.labels is not None and index.labels.tolist() == [0, 1, 1]
+    assert index.classes == ("0", "2")
     assert index.path(0).is_file()
+    text = listing.read_text().replace("\t2", "\t9999999")
+    listing.write_text(text, encoding="utf-8-sig")  # with the mark that some editors put first
+    assert scan(listing).classes == ("0", "9999999")
     listing.write_text("b/2.jpg\na/1.jpg\n")
     assert scan(listing).labels is None
+
+
+def test_only_files_are_images(tmp_path: Path) -> None:
+    """Nobody waits for a pipe that is named like an image."""
+    touch(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    assert scan(tmp_path).files == ("a.jpg",)
 
 
 def test_a_list_beside_the_splits(jpeg_root: Path, tmp_path: Path) -> None:
@@ -94,9 +105,10 @@ def test_a_list_beside_the_splits(jpeg_root: Path, tmp_path: Path) -> None:
     assert scan(listing).classes == index.classes
     held = held_out(listing)
     assert held is not None and held.digest == scan(tmp_path, "val").digest
-    for kept in (lines[:15] + lines[30:], [*lines, f"val/{held.files[0]}\t0\n"]):  # a class missing; in two folders
-        listing.write_text("".join(kept))
-        assert scan(listing).classes == ("0", "1", "2", "3")
+    listing.write_text("".join(lines[:15] + lines[30:]))  # a class is missing
+    assert scan(listing).classes == ("ant", "cat", "dog")
+    listing.write_text("".join([*lines, f"val/{held.files[0]}\t0\n"]))  # a class is in two folders
+    assert scan(listing).classes == ("0", "1", "2", "3")
 
 
 @pytest.mark.parametrize(

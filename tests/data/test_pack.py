@@ -19,7 +19,7 @@ from synco_fast.data.samples import read_bytes
 from synco_fast.data.shards import INDEX_NAME
 from tests.command import call, check_error, contents
 from tests.conftest import SYNCO_FAST, environment
-from tests.formats import FORMATS, batches, check_same, dali_reads, write_tar
+from tests.formats import FORMATS, batches, check_same, dali_reads, write_tar, write_tfrecord
 
 SIZE = "0.05"
 
@@ -128,6 +128,14 @@ def test_broken_images_are_copied_as_they_are(tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_bytes(content)
     assert call("data", "pack", tmp_path / "in", tmp_path / "out").code == 0
     check_same_set(scan(tmp_path / "out"), scan(tmp_path / "in"))
+
+
+def test_broken_records_are_copied_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    broken = (b"text", b"", b"x" * 99)
+    write_tfrecord(tmp_path / "in" / "a.tfrecord", [{"image/encoded": content} for content in broken])
+    assert call("data", "pack", tmp_path / "in", tmp_path / "out").code == 0
+    assert all_bytes(scan(tmp_path / "out")) == all_bytes(scan(tmp_path / "in")) == [*broken]
 
 
 def test_classes_keep_their_names_and_numbers(jpeg_root: Path, tmp_path: Path) -> None:

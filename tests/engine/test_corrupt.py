@@ -1,6 +1,7 @@
 """Runs over hostile files, through the console command: `fail`, `skip`, a kill in between, two processes."""
 
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -170,3 +171,21 @@ def test_verify_and_what_its_list_is_good_for(
     assert set(skipped_in(done.err)) == {str(root / "val" / name / "bad.jpg") for name in CLASSES}
     knn = next(row for row in rows(tmp_path / "run") if row["kind"] == "knn")
     assert (knn["bank"], knn["held_out"]) == (N - len(bad), 2)
+
+
+def test_knn_where_both_splits_have_the_same_names(images: Path, tiny: Path, tmp_path: Path) -> None:
+    """A bad file of one is not one of the other; and without any good one there is no accuracy."""
+    for split in ("train", "val"):
+        shutil.copytree(images / "train", tmp_path / "data" / split)
+    (tmp_path / "data" / "train" / "class0" / "003.jpg").write_bytes(b"")
+    options = ["--set", "trainer.max_steps=1", "--set", "knn.every_epochs=1", "--set", "data.on_corrupt=skip"]
+    done = call(*pretrain_command(tiny, tmp_path / "data", tmp_path / "run", *options)[3:])
+    assert done.code == 0, done.err
+    knn = next(row for row in rows(tmp_path / "run") if row["kind"] == "knn")
+    assert (knn["bank"], knn["held_out"]) == (99, 100)
+
+    for path in (tmp_path / "data" / "val").rglob("*.jpg"):
+        path.write_bytes(b"")
+    checkpoint = tmp_path / "run" / "checkpoints" / "latest.pt"
+    done = call("knn", checkpoint, "--data", tmp_path / "data")
+    assert done.code == 1 and "none of the 100 images in" in done.err and "(held out) can be used" in done.err
