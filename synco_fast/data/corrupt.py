@@ -77,7 +77,7 @@ class Checker:
 
 
 def blames_file(message: str) -> bool:
-    """Whether a pipeline's error is about the image it decodes. Only names and reasons count: paths may hold any word."""
+    """Whether a pipeline's error is about the image it decodes. Paths in it, which may hold any word, do not count."""
     reason = message.rpartition("encountered:")[2]
     return re.search(r"operator `[\w.]*\bdecoders\b", message) is not None and "alloc" not in reason.lower()
 
