@@ -1,6 +1,6 @@
 """The augmentation operator in plain torch: one view of one decoded image, bit for bit what the compiled one makes.
 
-It runs where there is no compiler, some 30 times slower, and is what the compiled operator is tested against.
+It runs where there is no compiler, many times slower, and is what the compiled operator is tested against.
 Function by function it is kernels/include/synco/view.h, whose arithmetic is Pillow's.
 """
 
