@@ -150,6 +150,9 @@ def run(options: argparse.Namespace) -> list[Row]:
         raise UserError("--device cuda: PyTorch finds no CUDA device")
     index = scan(options.data)
     steps_per_epoch(len(index), options.batch)  # or the error that says what is too small
+    absent = [name for name in options.only if CONTENDERS[name].needs_gpu and device.type == "cpu"]
+    if absent:
+        print(f"left out without a GPU: {', '.join(absent)}", file=sys.stderr)
     filed = [name for name in options.only if CONTENDERS[name].needs_files]
     if index.shards and filed:
         raise UserError(
@@ -173,7 +176,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         if options.vary and not base.index.shards:
             pack(options.data, Path(folder) / "packed", _SHARD_BYTES)
             packed = scan(Path(folder) / "packed")
-        listed = cases(base, options.only, options.vary, packed)
+        listed = cases(base, [name for name in options.only if name not in absent], options.vary, packed)
         rates = measure(listed, options.rounds, options.batches)
     rows = [row(case, rates) for case, rates in zip(listed, rates, strict=True)]
     if options.step is not None:

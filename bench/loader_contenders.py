@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Contender(NamedTuple):
 
     batches: Callable[[Setting], Batches]
     needs_files: bool = False
+    needs_gpu: bool = False
 
 
 def ours(augmentation: Augmentation) -> Callable[[Setting], Batches]:
@@ -82,30 +84,41 @@ def read_only(setting: Setting) -> Batches:
         yield read_all([setting.index.sample(i) for i in rows])
 
 
-def read_and_decode(setting: Setting) -> Batches:
-    """Our loader without views: decoded images stay in DALI."""
+def read_and_decode(**options: Any) -> Callable[[Setting], Batches]:
+    """Our loader without views: decoded images stay in DALI. Options are those of its decoder."""
+
+    def batches(setting: Setting) -> Batches:
+        chosen = ([setting.index.sample(i) for i in rows] for rows in _endless_rows(setting))
+        stream = Stream(
+            partial(_decoder, setting, options),
+            (Request(samples, lambda sizes: []) for samples in chosen),
+            device=setting.device,
+            threads=setting.threads,
+            prefetch=setting.prefetch,
+        )
+        with closing(stream):
+            yield from stream
+
+    return batches
+
+
+def _decoder(setting: Setting, options: dict[str, Any], source: Callable[[], Any]) -> Any:
     fn, _, pipeline_def = dali()
 
-    def build(source: Callable[[], Any]) -> Any:
-        @pipeline_def(
-            batch_size=setting.batch,
-            num_threads=setting.threads,
-            device_id=None if setting.device.type == "cpu" else 0,
-            prefetch_queue_depth=setting.prefetch,
-            exec_dynamic=True,
-        )
-        def define() -> Any:
-            [encoded] = fn.external_source(source=source, num_outputs=1, batch=True)
-            return decode(encoded, setting.device).shape()
+    @pipeline_def(
+        batch_size=setting.batch,
+        num_threads=setting.threads,
+        device_id=None if setting.device.type == "cpu" else 0,
+        prefetch_queue_depth=setting.prefetch,
+        exec_dynamic=True,
+    )
+    def define() -> Any:
+        [encoded] = fn.external_source(source=source, num_outputs=1, batch=True)
+        return decode(encoded, setting.device, **options).shape()
 
-        pipeline = define()
-        pipeline.build()
-        return pipeline
-
-    requests = (Request([setting.index.sample(i) for i in rows], lambda sizes: []) for rows in _endless_rows(setting))
-    stream = Stream(build, requests, device=setting.device, threads=setting.threads, prefetch=setting.prefetch)
-    with closing(stream):
-        yield from stream
+    pipeline = define()
+    pipeline.build()
+    return pipeline
 
 
 def torchvision_loader(setting: Setting) -> Batches:
@@ -141,28 +154,32 @@ class TwoViews(Dataset[list[torch.Tensor]]):
         return [self._augment(image), self._augment(image)]
 
 
-def dali_chain(*, decode_twice: bool = False, jitter_first: bool = False) -> Callable[[Setting], Batches]:
+def dali_chain(
+    *, decode_twice: bool = False, jitter_first: bool = False, float_colours: bool = False
+) -> Callable[[Setting], Batches]:
     """DALI's own operators: colour by color_twist and blur by gaussian_blur, neither of which is torchvision's.
 
     Args:
         decode_twice: decode the region of each view's crop, in place of the whole image once.
         jitter_first: change colours of the crop before it is resized.
+        float_colours: from there on in float32, in place of 8 bits.
     """
 
     def batches(setting: Setting) -> Batches:
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-        pipeline = _chain(setting, decode_twice, jitter_first)
+        pipeline = _chain(setting, decode_twice, jitter_first, float_colours)
         for batch in DALIGenericIterator([pipeline], ["query", "key"]):
             yield batch[0]["query"], batch[0]["key"]
 
     return batches
 
 
-def _chain(setting: Setting, decode_twice: bool, jitter_first: bool) -> Any:
+def _chain(setting: Setting, decode_twice: bool, jitter_first: bool, float_colours: bool) -> Any:
     fn, types, pipeline_def = dali()
     recipe, gpu = setting.recipe, setting.device.type == "cuda"
     decoder = "mixed" if gpu else "cpu"
+    colours = types.FLOAT if float_colours else types.UINT8
     area = {"random_area": recipe.crop_scale, "random_aspect_ratio": recipe.crop_ratio}
 
     def jitter(images: Any) -> Any:
@@ -171,7 +188,10 @@ def _chain(setting: Setting, decode_twice: bool, jitter_first: bool) -> Any:
         strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
         factors = [1 + applied * fn.random.uniform(range=(-x, x)) for x in strengths]
         hue = applied * fn.random.uniform(range=(-360 * recipe.hue, 360 * recipe.hue))
-        return fn.color_twist(images, brightness=factors[0], contrast=factors[1], saturation=kept * factors[2], hue=hue)
+        saturation = kept * factors[2]
+        return fn.color_twist(
+            images, brightness=factors[0], contrast=factors[1], saturation=saturation, hue=hue, dtype=colours
+        )
 
     def view(encoded: Any, images: Any) -> Any:
         if decode_twice:
@@ -223,10 +243,13 @@ CONTENDERS = {
     "synco_fast": Contender(ours("auto")),
     "plain": Contender(ours("plain")),
     "read": Contender(read_only),
-    "read_decode": Contender(read_and_decode),
+    "read_decode": Contender(read_and_decode()),
+    "read_decode_without_hardware": Contender(read_and_decode(hw_decoder_load=0.0), needs_gpu=True),
+    "read_decode_cached": Contender(read_and_decode(cache_size=8192, cache_type="largest"), needs_gpu=True),
     "torchvision": Contender(torchvision_loader, needs_files=True),
     "dali_chain": Contender(dali_chain(), needs_files=True),
     "dali_chain_decode_twice": Contender(dali_chain(decode_twice=True), needs_files=True),
     "dali_chain_jitter_first": Contender(dali_chain(jitter_first=True), needs_files=True),
+    "dali_chain_float_colours": Contender(dali_chain(float_colours=True), needs_files=True),
 }
 """bench/README.md says what each is."""

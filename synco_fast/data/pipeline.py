@@ -84,7 +84,8 @@ def _pipeline(
     return pipeline
 
 
-def decode(encoded: Any, device: torch.device) -> Any:
+def decode(encoded: Any, device: torch.device, **options: Any) -> Any:
+    """Encoded images to (H, W, 3) uint8; options are more of `fn.decoders.image`'s."""
     fn, types, _ = dali()
     return fn.decoders.image(
         encoded,
@@ -92,6 +93,7 @@ def decode(encoded: Any, device: torch.device) -> Any:
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,  # so that the GPU gives the CPU's pixels
+        **options,
     )
 
 

@@ -34,10 +34,11 @@ def test_every_contender_and_every_change_has_a_row(images: Path, tiny: Path, tm
     assert done.returncode == 0, done.stderr
     rows = rows_of(output)
     timed = [row for row in rows if row["contender"] != "pretrain"]
-    assert [row["contender"] for row in timed][: len(CONTENDERS)] == list(CONTENDERS)
+    here = [name for name, contender in CONTENDERS.items() if not contender.needs_gpu]
+    assert [row["contender"] for row in timed][: len(here)] == here and "left out without a GPU: read_" in done.stderr
     assert all(row["images_per_second"] > 0 and row["augmentation"] == "compiled" and row["commit"] for row in timed)
     base = {name: timed[0][name] for name in ("batch", "threads", "prefetch", "dtype", "page_cache", "format")}
-    *varied, cold_shards = timed[len(CONTENDERS) :]
+    *varied, cold_shards = timed[len(here) :]
     changes = [[name for name, value in base.items() if row[name] != value] for row in varied]
     assert sorted({name for [name] in changes}) == sorted(base)
     assert (cold_shards["page_cache"], cold_shards["format"]) == ("cold", "shards")
