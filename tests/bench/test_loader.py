@@ -1,15 +1,18 @@
 """The loader's benchmark and the comparison with torchvision, as commands and in their arithmetic."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bench import fidelity, loader
 from bench.fidelity import Moments, differences
 from bench.loader_contenders import CONTENDERS
 from synco_fast.data.index import scan
@@ -47,19 +50,21 @@ def test_every_contender_and_every_change_has_a_row(images: Path, tiny: Path, tm
     assert f"{'synco_fast':<24}" in done.stdout and "tiny.yaml" in done.stdout
 
 
-def test_mistakes_are_named(images: Path, tmp_path: Path) -> None:
-    done = bench("loader", "--data", images, "--only", "synco_fast,dalli")
-    assert done.returncode == 1 and "--only dalli: expected some of synco_fast" in done.stderr
-    done = bench("loader", "--data", images, "--batch", 101)
-    assert done.returncode == 1 and "has 100 images, fewer than one batch of 101" in done.stderr
+def test_mistakes_are_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = tar_with_folders(scan(images), tmp_path / "shards")
-    done = bench("loader", "--data", shards, "--batch", 8)
-    assert done.returncode == 1 and "--only torchvision,dali_chain" in done.stderr and "holds shards" in done.stderr
-    done = bench("fidelity", "--data", shards)
-    assert done.returncode == 1 and "holds shards" in done.stderr
     (tmp_path / "empty").mkdir()
-    done = bench("loader", "--data", tmp_path / "empty")
-    assert done.returncode == 1 and f"data folder {tmp_path / 'empty'} is empty" in done.stderr
+    mistakes: list[tuple[ModuleType, tuple[object, ...], str]] = [
+        (loader, (images, "--only", "synco_fast,dalli"), "--only dalli: expected some of synco_fast"),
+        (loader, (images, "--batch", 101), "has 100 images, fewer than one batch of 101"),
+        (loader, (images, "--batch", 8, "--steps", 1), "--steps 1: expected 2 or more"),
+        (loader, (shards, "--batch", 8), "--only torchvision,dali_chain"),
+        (loader, (tmp_path / "empty",), f"data folder {tmp_path / 'empty'} is empty"),
+        (fidelity, (shards,), "holds shards"),
+    ]
+    for module, arguments, message in mistakes:
+        monkeypatch.setattr(sys, "argv", ["bench", "--data", *map(str, arguments)])
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            module.main()
 
 
 def test_fidelity_has_a_row_for_every_operation(images: Path, tmp_path: Path) -> None:
