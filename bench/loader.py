@@ -114,9 +114,12 @@ def data_wait(config: Path, data: Path, steps: int) -> Row:
     """The share of training steps spent waiting for data, as `synco-fast pretrain` itself logs it."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"output={folder}/run", f"trainer.max_steps={steps}", f"trainer.log_every={steps // 2}"]
+        settings.append("knn.every_epochs=0")
         command = [sys.executable, "-m", "synco_fast", "pretrain", str(config), "--data", str(data)]
         command += [part for setting in settings for part in ("--set", setting)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"--step {config}: pretraining with it failed: {done.stderr.strip()[-500:]}")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [line for line in map(json.loads, lines) if line["kind"] == "train"]
     timing = logged[-1]["timing"]  # the first holds what starts up
@@ -178,10 +181,12 @@ def run(options: argparse.Namespace) -> list[Row]:
             packed = scan(Path(folder) / "packed")
         listed = cases(base, [name for name in options.only if name not in absent], options.vary, packed)
         rates = measure(listed, options.rounds, options.batches)
+    output = options.output or default_output("loader", about)
     rows = [row(case, rates) for case, rates in zip(listed, rates, strict=True)]
+    append(output, [about | row for row in rows])
     if options.step is not None:
         rows.append(data_wait(options.step, options.data, options.steps))
-    append(options.output or default_output("loader", about), [about | row for row in rows])
+        append(output, [about | rows[-1]])
     return rows
 
 
