@@ -41,7 +41,11 @@ def dali() -> tuple[ModuleType, ModuleType, Any]:
 
 
 def status(device: torch.device) -> str:
-    """ "ok", or why the compiled operator cannot be used on a device. DALI is there."""
+    """ "ok", or why the compiled operator cannot be used on a device.
+
+    Raises:
+        UserError: as `dali`.
+    """
     state = _load()
     if state != "ok" or device.type == "cpu":
         return state
@@ -118,6 +122,7 @@ def _backend() -> Any:
 @functools.cache
 def _load() -> str:
     """Register the compiled operator with DALI; "ok", or what is wrong with it."""
+    dali()  # or the error that says how to get it
     import nvidia.dali
     from nvidia.dali import plugin_manager
 

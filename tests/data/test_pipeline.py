@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from bench.torchvision_views import torchvision_view
+from synco_fast.data import operator
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import EvalLoader
 from synco_fast.data.numbers import view_numbers
@@ -134,3 +135,6 @@ def test_missing_dali_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"install the cuda12 or the cuda13 extra.*pip install -e \.\[cuda12\]"):
         dali()
+    operator._load.cache_clear()
+    with pytest.raises(UserError, match="install the cuda12 or the cuda13 extra"):
+        operator.resolve("auto", CPU)
