@@ -20,6 +20,7 @@ Positive = Annotated[int, Field(ge=1, le=COUNT_MAX)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Switch = bool | Literal["auto"]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
 
 
@@ -147,7 +148,26 @@ class Trainer(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: the encoders run under autocast")
     accumulate: Positive = Field(1, description="micro-batches of one optimizer step")
+    deterministic: bool = Field(
+        False, description="the same bits in every run, on a GPU too, where it is slower; on a CPU they always are"
+    )
     log_every: Positive = Field(50, description="steps between log rows; the host waits for the device only there")
+
+
+class Speed(Section):
+    """How a step is computed; results differ by rounding alone. auto: what is faster on the device (performance.md)."""
+
+    channels_last: bool = Field(True, description="images and convolutions lie in memory channels last")
+    compile: Switch = Field("auto", description="torch.compile of both encoders")
+    cuda_graph: Switch = Field("auto", description="the whole step is one CUDA graph; one process on a GPU")
+    key_stream: Switch = Field("auto", description="keys are computed beside the queries, on another CUDA stream")
+    key_twin: Switch = Field(
+        "auto", description="keys are computed with a bfloat16 copy of the key encoder's weights; needs precision bf16"
+    )
+    recompute: bool = Field(
+        False, description="keep only the inputs of residual blocks, and compute the rest again in backward"
+    )
+    optimizer: Literal["torch", "apex"] = Field("torch", description="fused SGD: PyTorch's, or NVIDIA apex's")
 
 
 class Checkpoint(Section):
@@ -180,6 +200,7 @@ class Config(Section):
     negatives: Negatives = Negatives()
     optim: Optim = Optim()
     trainer: Trainer = Trainer()
+    speed: Speed = Speed()
     checkpoint: Checkpoint = Checkpoint()
     knn: Knn = Knn()
 
@@ -283,7 +304,20 @@ def _conflicts(config: Config) -> list[str]:
             f"optim.warmup_epochs = {config.optim.warmup_epochs}: "
             f"must be below trainer.epochs = {config.trainer.epochs}"
         )
-    return problems or _group_conflicts(config, processes=1)
+    return problems + _speed_conflicts(config) or _group_conflicts(config, processes=1)
+
+
+def _speed_conflicts(config: Config) -> list[str]:
+    speed, problems = config.speed, []
+    if speed.key_twin is True and config.trainer.precision != "bf16":
+        problems.append(f"speed.key_twin = true: needs trainer.precision = bf16, not {config.trainer.precision}")
+    if speed.recompute and speed.compile is True:
+        problems.append("speed.recompute = true: cannot be compiled; set speed.compile to false")
+    if speed.optimizer == "apex" and config.optim.name != "sgd":
+        problems.append(f"speed.optimizer = apex: is for optim.name = sgd, not {config.optim.name}")
+    if speed.optimizer == "apex" and speed.cuda_graph is True:
+        problems.append("speed.optimizer = apex: a CUDA graph would keep its first learning rate; choose one")
+    return problems
 
 
 def _architecture_conflicts(model: Model) -> list[str]:

@@ -1,6 +1,5 @@
 """What can be used on this machine and, for what cannot, why and how to get it."""
 
-import importlib.util
 import os
 import platform
 import shlex
@@ -13,7 +12,7 @@ from synco_fast import __version__
 from synco_fast.data import operator
 from synco_fast.data.operator import dali
 from synco_fast.errors import UserError
-from synco_fast.machine import cpu_name, version
+from synco_fast.machine import apex_status, cpu_name, version
 from synco_fast.ops import backends
 
 _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
@@ -39,7 +38,7 @@ def text() -> str:
                 "CUDA compiler",
                 _compiler([_nvcc()], "the CUDA kernel needs it; install the toolkit of torch's CUDA version"),
             ),
-            ("NVIDIA apex", _apex()),
+            ("NVIDIA apex", apex_status()),
         ],
         "distributed": _distributed(),
     }
@@ -123,16 +122,6 @@ def _compiler(words: list[str], advice: str) -> str:
     return (
         next((line for line in lines if "release" in line), lines[0]) if lines else f"{command} is of unknown version"
     )
-
-
-def _apex() -> str:
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "not installed: optional, built from NVIDIA's source (PyPI's apex is another project)"
-    # Looked at, not imported: PyPI's fails at that.
-    if not any(os.path.isdir(os.path.join(folder, "optimizers")) for folder in spec.submodule_search_locations or []):
-        return "not NVIDIA's: PyPI's apex is an unrelated project; pip uninstall apex"
-    return "installed; nothing uses it yet"
 
 
 def _distributed() -> list[tuple[str, str]]:

@@ -1,6 +1,8 @@
 """What the machine calls itself: for reports and rows of results."""
 
 import importlib.metadata
+import importlib.util
+import os
 import platform
 
 import torch
@@ -22,6 +24,18 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def apex_status() -> str:
+    """ "ok" where NVIDIA apex's fused SGD is there, or why not. Looked for, not imported: PyPI's apex fails at that."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "not installed: optional, built from NVIDIA's source (PyPI's apex is another project)"
+    if not any(os.path.isdir(os.path.join(folder, "optimizers")) for folder in spec.submodule_search_locations or []):
+        return "not NVIDIA's: PyPI's apex is an unrelated project; pip uninstall apex"
+    if importlib.util.find_spec("amp_C") is None:
+        return "built without its CUDA extensions: build it anew with --cpp_ext --cuda_ext"
+    return "ok"
 
 
 def memory_beside_pytorch(device: torch.device) -> str:

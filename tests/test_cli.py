@@ -56,7 +56,7 @@ def test_doctor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "said"), [("__init__.py", "not NVIDIA's"), ("optimizers/__init__.py", "installed; nothing uses it yet")]
+    ("file", "said"), [("__init__.py", "not NVIDIA's"), ("optimizers/__init__.py", "built without its CUDA extensions")]
 )
 def test_doctor_tells_the_two_apexes_apart(
     file: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

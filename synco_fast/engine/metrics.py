@@ -47,13 +47,16 @@ class Meter:
         return torch.stack(rows).mean(dim=0)
 
     def add(self, values: Tensor) -> None:
+        """Add a step's metrics, on the device. That it was a step, `count` says: a CUDA graph runs no Python."""
         self._sums += values
+
+    def count(self) -> None:
         self._steps += 1
 
     def read(self) -> dict[str, float | None]:
         """The means over all processes since the last call. Waits for the device."""
         means = reduce_mean(self._sums / max(self._steps, 1)).tolist()
-        self._sums = torch.zeros_like(self._sums)
+        self._sums.zero_()
         self._steps = 0
         return named(self.names, means)
 

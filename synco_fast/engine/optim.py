@@ -36,18 +36,30 @@ class Lars(torch.optim.SGD):
         return super().step(closure)
 
 
-def build(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
-    """The configured optimizer. Fused kernels honour `found_inf`, so a step can be masked without a host sync."""
+def build(optim: Optim, parameters: Iterable[nn.Parameter], *, apex: bool = False) -> torch.optim.Optimizer:
+    """The configured optimizer; `apex`: NVIDIA's fused SGD. All of them can leave out a step without a host sync."""
     if optim.name == "lars":
         return Lars(parameters, optim.lr, optim.momentum, optim.weight_decay, optim.trust)
-    return torch.optim.SGD(
-        parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
-    )
+    settings: dict[str, Any] = {"lr": optim.lr, "momentum": optim.momentum, "weight_decay": optim.weight_decay}
+    if apex:
+        from apex.optimizers import FusedSGD
+
+        return FusedSGD(parameters, **settings)
+    return torch.optim.SGD(parameters, **settings, fused=True)
 
 
-def step(optimizer: torch.optim.SGD, lr: float, skip: Tensor) -> None:
-    """One update at rate lr, left out where skip (float32 scalar on the device) is 1."""
+def set_rate(optimizer: torch.optim.Optimizer, lr: float, on_device: Tensor | None) -> None:
+    """Set the learning rate: as a number, or as a scalar that lives on the device and is kept up to date."""
+    if on_device is not None:
+        on_device.fill_(lr)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.found_inf = skip  # type: ignore[attr-defined]
+        group["lr"] = lr if on_device is None else on_device
+
+
+def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """One update, left out where skip (float32 scalar on the device) is 1."""
+    if hasattr(optimizer, "_dummy_overflow_buf"):  # apex's kernels do nothing where this flag is set
+        optimizer._dummy_overflow_buf.copy_(skip)
+    else:  # so do PyTorch's fused ones, which take the flag of a gradient scaler
+        optimizer.found_inf = skip  # type: ignore[attr-defined]
     optimizer.step()

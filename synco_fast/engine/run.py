@@ -12,6 +12,7 @@ from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.recipes import RECIPES
 from synco_fast.engine import checkpoints, distributed
+from synco_fast.engine import speed as speeds
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.probe import KnnProbe, held_out_like
 from synco_fast.engine.trainer import Trainer
@@ -57,6 +58,7 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     if backend != "auto" and backends()[backend] != "ok":
         raise UserError(f"loss.backend = {backend}: cannot be used here: {backends()[backend]}")
     operator.resolve(config.data.augmentation, processes.device)
+    speed = speeds.resolve(config, processes)
     if config.data.root is None:
         raise UserError("data.root is not set: give the images with --data DIR or --set data.root=DIR")
     root, output = Path(config.data.root), Path(config.output)
@@ -68,10 +70,11 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
         state = checkpoints.load(path)
         checkpoints.check_same_run(state, path, config, data)
 
-    contrast = build_contrast(config, processes)
+    speeds.choose_algorithms(processes.device, config.trainer.deterministic)
+    contrast = speeds.apply(speed, build_contrast(config, processes))
     place = {} if state is None else _place(state["loader"], processes, path, len(index))
     loader = build_loader(config, processes, index, place)
-    trainer = Trainer(config, processes, contrast, loader, _probe(config, processes, index), output, data)
+    trainer = Trainer(config, processes, contrast, speed, loader, _probe(config, processes, index), output, data)
     if state is not None and path is not None:
         _load_state(trainer, state, path)
     if processes.is_main:
@@ -97,7 +100,7 @@ def build_contrast(config: Config, processes: Processes) -> MomentumContrast:
         batch_norm=config.bn.mode,
         backend=config.loss.backend,
     )
-    return contrast.to(device).to(memory_format=torch.channels_last)
+    return contrast.to(device)
 
 
 def build_encoder(config: Config, device: torch.device) -> torch.nn.Module:
@@ -180,7 +183,7 @@ def _load_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     try:
         trainer.load_state(state)
         # torch does not compare these, and a fused step would write past their end.
-        for parameter, kept in trainer.optimizer.state.items():
+        for parameter, kept in trainer.train_step.optimizer.state.items():
             if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
                 raise ValueError(f"momentum of shape {list(kept['momentum_buffer'].shape)} for {list(parameter.shape)}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from synco_fast.config import Config
 from synco_fast.data.loader import Batch, TrainLoader
-from synco_fast.engine import checkpoints, optim
+from synco_fast.engine import checkpoints
 from synco_fast.engine.distributed import Processes, gather_numbers, reduce_max, reduce_mean
-from synco_fast.engine.guard import NonFiniteGuard
-from synco_fast.engine.metrics import Meter, MetricsLog, named
+from synco_fast.engine.metrics import MetricsLog, named
 from synco_fast.engine.probe import KnnProbe
 from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.schedules import learning_rate
+from synco_fast.engine.speed import Speed
+from synco_fast.engine.step import TrainStep
 from synco_fast.errors import Interrupted, UserError
 from synco_fast.files import write_text_atomically
 from synco_fast.machine import memory_beside_pytorch
 from synco_fast.methods import MomentumContrast, negatives_at
-from synco_fast.models.encoders import momentum_update
 from synco_fast.models.shuffle import all_gather_rows
 
 
@@ -32,7 +31,8 @@ class Trainer:
     """One run: model, optimizer and place. Its state is `state()`; everything else follows from the configuration.
 
     Args:
-        config: of the run. processes: this one among them. contrast: the method. loader: of this process's share.
+        config: of the run. processes: this one among them. contrast: the method.
+        speed: how its steps are computed. loader: of this process's share.
         probe: kNN on held-out data, or None. output: folder of the run. data: identity of the data set.
     """
 
@@ -41,6 +41,7 @@ class Trainer:
         config: Config,
         processes: Processes,
         contrast: MomentumContrast,
+        speed: Speed,
         loader: TrainLoader,
         probe: KnnProbe | None,
         output: Path,
@@ -48,24 +49,16 @@ class Trainer:
     ) -> None:
         self.config, self.processes, self.output, self.data = config, processes, output, data
         self.contrast, self.loader, self.probe = contrast, loader, probe
-        self.optimizer = optim.build(config.optim, contrast.query_encoder.parameters())
-        # The wrapper averages gradients; names in checkpoints are those of the module inside.
-        self.model: nn.Module = contrast
-        if processes.world_size > 1:
-            self.model = DistributedDataParallel(contrast, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.train_step = TrainStep(config, processes, contrast, speed)
         self.hard = config.negatives.hard()
-        self.meter = Meter(self.hard, processes.device)
-        self.guard = NonFiniteGuard(processes.device)
         # Of an epoch without bad files. Skipped files make the loader's epochs shorter than that, so `batch.epoch`,
         # which decides on warm-up and stands in the rows, may run a little ahead of what the schedule goes by.
         self.steps_per_epoch = loader.steps_per_epoch
         epochs_steps = config.trainer.epochs * self.steps_per_epoch
         self.total_steps = min(epochs_steps, config.trainer.max_steps or epochs_steps)
         self.step = 0
-        self._step_on_device = torch.zeros((), dtype=torch.int64, device=processes.device)
-        self._unchecked: dict[
-            int, tuple[int, Tensor]
-        ] = {}  # epoch and samples of each step the guard was not asked about
+        # Epoch and samples of each step that the guard was not asked about.
+        self._unchecked: dict[int, tuple[int, Tensor]] = {}
         self._signal: int | None = None
         self._metrics: MetricsLog | None = None
 
@@ -102,7 +95,7 @@ class Trainer:
                 batch = next(self.loader)
             if self.step == first and self.processes.device.type == "cuda":
                 progress.say(f"data.gpu_memory: {memory_beside_pytorch(self.processes.device)}")
-            self.train_step(batch)
+            self.take_step(batch)
             progress.advance(self.step)
             clock.count()
 
@@ -125,39 +118,12 @@ class Trainer:
             if interrupted:
                 raise Interrupted(f"stopped by a signal after step {self.step}; go on with --resume auto")
 
-    def train_step(self, batch: Batch) -> None:
-        """One optimizer step: momentum update, contrast, backward, update, enqueue."""
-        config, processes = self.config, self.processes
-        hard = negatives_at(batch.epoch, self.hard, config.negatives.warmup_epochs)
-        self._step_on_device.fill_(self.step)
+    def take_step(self, batch: Batch) -> None:
+        """One optimizer step on a batch."""
         self._unchecked[self.step] = batch.epoch, batch.samples
-        momentum_update(self.contrast.key_encoder, self.contrast.query_encoder, config.model.momentum)
-
-        micro_batches = list(zip(*(view.chunk(config.trainer.accumulate) for view in batch.views), strict=True))
-        row = processes.rank * len(batch.views[0])
-        results, keys = [], []
-        for i, (query_view, key_view) in enumerate(micro_batches):
-            with self._no_sync(unless=i == len(micro_batches) - 1), self._precision():
-                contrast = self.model(
-                    self._images(query_view), self._images(key_view), hard, self._step_on_device, row, i
-                )
-            with self._no_sync(unless=i == len(micro_batches) - 1):
-                (contrast.result.loss / len(micro_batches)).backward()
-            row += len(query_view)
-            results.append(contrast.result)
-            keys.append(contrast.keys)
-
-        parameters = list(self.contrast.query_encoder.parameters())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if config.optim.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_norm, norm, foreach=True)
-        values = self.meter.values(results, norm)
-        self.guard.watch(values[0], norm, self._step_on_device, values)
+        hard = negatives_at(batch.epoch, self.hard, self.config.negatives.warmup_epochs)
         self._lr = self._learning_rate()
-        optim.step(self.optimizer, self._lr, self.guard.skip)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.contrast.queue.enqueue(all_gather_rows(torch.cat(keys)), self.guard.skip)
-        self.meter.add(values)
+        self.train_step(batch.views, hard, self.step, self._lr)
         self.step += 1
 
     def state(self) -> dict[str, Any]:
@@ -170,8 +136,8 @@ class Trainer:
             "data": self.data,
             "loader": {"epoch": self.loader.epoch, "step": self.loader.step, "skipped": skipped},
             "model": self.contrast.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "meter": self.meter.state_dict(),
+            "optimizer": self.train_step.optimizer.state_dict(),
+            "meter": self.train_step.meter.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None},
         }
 
@@ -179,8 +145,8 @@ class Trainer:
         """Go on from a checkpoint's state; the loader is made for that place by the caller."""
         self.step = state["step"]
         self.contrast.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.meter.load_state_dict(state["meter"])
+        self.train_step.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.meter.load_state_dict(state["meter"])
         torch.set_rng_state(state["rng"]["cpu"])
         if state["rng"]["cuda"] is not None and self.processes.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"])
@@ -199,20 +165,6 @@ class Trainer:
         epoch, inside = divmod(self.step, self.steps_per_epoch)
         return learning_rate(self.config.optim, self.config.trainer.epochs, epoch, inside, self.steps_per_epoch)
 
-    def _precision(self) -> Any:
-        return torch.autocast(
-            self.processes.device.type, torch.bfloat16, enabled=self.config.trainer.precision == "bf16"
-        )
-
-    def _images(self, view: Tensor) -> Tensor:
-        return view if self.config.trainer.precision == "bf16" else view.float()
-
-    def _no_sync(self, unless: bool) -> Any:
-        """Gradients are averaged over processes with the last micro-batch's backward only."""
-        if unless or not isinstance(self.model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.model.no_sync()
-
     def _report(self, row: dict[str, Any], progress: TrainingProgress) -> None:
         progress.report(row)
         if self._metrics is not None:
@@ -222,7 +174,7 @@ class Trainer:
         return {"kind": kind, "step": self.step, "epoch": epoch}
 
     def _train_row(self, epoch: int, clock: "_Clock") -> dict[str, Any]:
-        means = self.meter.read()
+        means = self.train_step.meter.read()
         rate = clock.read()
         remaining = (self.total_steps - self.step) * self.config.data.batch_size / rate["images_per_second"]
         row = self._row("train", epoch) | {"lr": self._lr} | means
@@ -270,12 +222,12 @@ class Trainer:
             )
 
     def _stop_if_not_finite(self) -> None:
-        step = self.guard.first_bad_step()
+        guard, meter = self.train_step.guard, self.train_step.meter
+        step = guard.first_bad_step()
         if step is None:
             self._unchecked.clear()
             return
-        assert self.guard.values is not None
-        values = reduce_mean(self.guard.values).tolist()
+        values = reduce_mean(guard.values).tolist()
         epoch, samples = self._unchecked[step]
         samples = all_gather_rows(samples.to(self.processes.device))
         path = self.output / f"nonfinite-step-{step}.json"
@@ -283,7 +235,7 @@ class Trainer:
             evidence = {
                 "step": step,
                 "epoch": epoch,
-                "metrics": named(self.meter.names, values),
+                "metrics": named(meter.names, values),
                 "files": self.loader.files(samples),
             }
             write_text_atomically(path, json.dumps(evidence, indent=1))

@@ -1,9 +1,17 @@
 """Encoders: a torchvision residual network, its classifier replaced by a projection head."""
 
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from synco_fast.errors import UserError
 
@@ -74,10 +82,65 @@ def _narrow_backbone() -> tuple[nn.Module, int]:
     return backbone, width
 
 
+def low_precision_copy(encoder: nn.Module) -> nn.Module:
+    """A copy whose convolutions and linear layers are bfloat16, and whose batch norm layers are the encoder's own.
+
+    Under autocast it computes what the encoder does, without casting weights at every call. `momentum_update` keeps it
+    in step.
+    """
+    norms = {id(module): module for module in encoder.modules() if isinstance(module, _BatchNorm)}
+    twin = copy.deepcopy(encoder, norms)  # what deepcopy is told it has copied already is shared
+    for module in twin.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(torch.bfloat16)
+    return twin
+
+
 @torch.no_grad()
-def momentum_update(key_encoder: nn.Module, query_encoder: nn.Module, momentum: float) -> None:
+def momentum_update(
+    key_encoder: nn.Module, query_encoder: nn.Module, momentum: float, twin: nn.Module | None = None
+) -> None:
     """key <- momentum key + (1 - momentum) query, parameters only (MoCo, arXiv 1911.05722, eq. 2).
 
-    One fused multi-tensor update. The key encoder's batch norm buffers are its own, as in MoCo.
+    One fused multi-tensor update, and one more for the key encoder's low-precision twin. The key encoder's batch norm
+    buffers are its own, as in MoCo.
     """
-    torch._foreach_lerp_(list(key_encoder.parameters()), list(query_encoder.parameters()), 1 - momentum)
+    keys: list[Tensor] = list(key_encoder.parameters())
+    torch._foreach_lerp_(keys, list(query_encoder.parameters()), 1 - momentum)
+    if twin is not None:
+        pairs = [(low, key) for low, key in zip(twin.parameters(), keys, strict=True) if low is not key]
+        torch._foreach_copy_([low for low, _ in pairs], [key for _, key in pairs])
+
+
+def recompute_activations(encoder: nn.Module) -> None:
+    """Have the encoder's residual blocks keep their inputs only, and compute the rest again in backward, in place."""
+    for module in encoder.modules():
+        if isinstance(module, (BasicBlock, Bottleneck)):
+            module.forward = functools.partial(_recomputed, module, module.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(images)
+    context = functools.partial(_statistics_taken_once, block)
+    return checkpoint(forward, images, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+
+
+def _statistics_taken_once(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the forward pass and for computing it again, which must not move batch norm's running statistics."""
+    return contextlib.nullcontext(), _statistics_frozen(block)
+
+
+@contextlib.contextmanager
+def _statistics_frozen(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # running <- 1 running + 0 batch
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.sub_(1)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from synco_fast.models.norm import key_permutation
+from synco_fast.stages import stage
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -15,8 +16,9 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     """(n, ...) of each process to (processes * n, ...) on all of them, in order of rank; itself on a single process."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    gathered = rows.new_empty((dist.get_world_size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    with stage("gather"):
+        gathered = rows.new_empty((dist.get_world_size() * len(rows), *rows.shape[1:]))
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
     return gathered
 
 

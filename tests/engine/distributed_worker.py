@@ -25,7 +25,8 @@ def main(config_file: str, folder: str, mode: str, *overrides: str) -> None:
     if mode == "gradient":
         freeze_batch_norm(trainer.contrast)
         gradients: dict[str, torch.Tensor] = {}
-        step = trainer.optimizer.step
+        optimizer = trainer.train_step.optimizer
+        step = optimizer.step
 
         def keep_gradients() -> None:
             for name, parameter in trainer.contrast.query_encoder.named_parameters():
@@ -33,9 +34,9 @@ def main(config_file: str, folder: str, mode: str, *overrides: str) -> None:
                 gradients[name] = parameter.grad.clone()
             step()
 
-        trainer.optimizer.step = keep_gradients  # type: ignore[assignment, method-assign]
-        trainer.train_step(next(trainer.loader))
-        saved = {"loss": trainer.meter.read()["loss"], "gradients": gradients}
+        optimizer.step = keep_gradients  # type: ignore[assignment, method-assign]
+        trainer.take_step(next(trainer.loader))
+        saved = {"loss": trainer.train_step.meter.read()["loss"], "gradients": gradients}
     elif mode == "loader":
         steps = trainer.steps_per_epoch
         samples = torch.cat([next(trainer.loader).samples for _ in range(steps)])

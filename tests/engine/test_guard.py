@@ -12,13 +12,13 @@ from tests.engine.runs import pretrain_command
 
 
 def test_latches_the_first_bad_step() -> None:
-    guard = NonFiniteGuard(torch.device("cpu"))
+    guard = NonFiniteGuard(1, torch.device("cpu"))
     fine, bad = torch.tensor(1.0), torch.tensor(torch.nan)
     for step, (loss, norm) in enumerate([(fine, fine), (fine, bad * 0 + torch.inf), (bad, bad), (fine, fine)]):
         guard.watch(loss, norm, torch.tensor(step), torch.tensor([float(step)]))
         assert float(guard.skip) == (step >= 1)
     assert guard.first_bad_step() == 1
-    assert guard.values is not None and guard.values.tolist() == [1.0]
+    assert guard.values.tolist() == [1.0]
 
 
 def test_a_run_that_diverges(images: Path, tiny: Path, tmp_path: Path, synco_fast: Callable[..., object]) -> None:

@@ -40,7 +40,8 @@ def test_five_steps_equal_the_formula(name: str) -> None:
                 g = g * 0.02 * w.norm() / g.norm()
             momenta[i] = 0.9 * momenta[i] + g
             expected[i] = w - 0.1 * momenta[i]
-        optim.step(optimizer, 0.1, keep)
+        optim.set_rate(optimizer, 0.1, None)
+        optim.step(optimizer, keep)
     for p, w in zip(trained, expected, strict=True):
         assert torch.allclose(p.double(), w, rtol=1e-5, atol=1e-6)
 
@@ -50,14 +51,15 @@ def test_a_masked_step_changes_nothing(name: str) -> None:
     settings = Optim(name=name)  # type: ignore[arg-type]
     trained = parameters()
     optimizer = optim.build(settings, trained)
+    optim.set_rate(optimizer, 0.1, None)
     for p, g in zip(trained, gradients(0), strict=True):
         p.grad = g
-    optim.step(optimizer, 0.1, torch.zeros(()))
+    optim.step(optimizer, torch.zeros(()))
     before = [p.detach().clone() for p in trained]
     momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in trained]
     for p in trained:
         p.grad = torch.full_like(p, torch.nan)
-    optim.step(optimizer, 0.1, torch.ones(()))
+    optim.step(optimizer, torch.ones(()))
     for p, w, m in zip(trained, before, momenta, strict=True):
         assert torch.equal(p, w)
         assert torch.equal(optimizer.state[p]["momentum_buffer"], m)
@@ -67,5 +69,5 @@ def test_lars_leaves_a_weight_of_zeros_to_plain_sgd() -> None:
     weight = nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.ones(2, 2)
     optimizer = optim.build(Optim(name="lars", lr=0.5), [weight])
-    optim.step(optimizer, 0.5, torch.zeros(()))
+    optim.step(optimizer, torch.zeros(()))
     assert torch.equal(weight.detach(), torch.full((2, 2), -0.5))

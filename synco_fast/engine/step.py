@@ -1,0 +1,112 @@
+"""The training step. Nothing in it waits for the device, so that one step can be prepared while another runs."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from synco_fast.config import Config
+from synco_fast.engine import optim
+from synco_fast.engine.distributed import Processes
+from synco_fast.engine.graph import GraphedStep
+from synco_fast.engine.guard import NonFiniteGuard
+from synco_fast.engine.metrics import Meter
+from synco_fast.engine.speed import Speed
+from synco_fast.methods import MomentumContrast
+from synco_fast.models.shuffle import all_gather_rows
+from synco_fast.ops import HardNegatives
+from synco_fast.stages import stage
+
+
+class TrainStep:
+    """One optimizer step: momentum update, contrast, backward, update, enqueue.
+
+    Args:
+        config: of the run. processes: this one among them. contrast: the method, its model.
+        speed: how the step is computed, as `speed.resolve` has it.
+
+    Attributes:
+        optimizer, meter, guard: of this run; the step feeds them.
+    """
+
+    def __init__(self, config: Config, processes: Processes, contrast: MomentumContrast, speed: Speed) -> None:
+        self.config, self.processes, self.contrast = config, processes, contrast
+        self.optimizer = optim.build(config.optim, contrast.query_encoder.parameters(), apex=speed.apex)
+        # The wrapper averages gradients; names in checkpoints are those of the module inside.
+        self.model: nn.Module = contrast
+        if processes.world_size > 1:
+            self.model = DistributedDataParallel(contrast, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.meter = Meter(config.negatives.hard(), processes.device)
+        self.guard = NonFiniteGuard(len(self.meter.names), processes.device)
+        self._parameters = list(contrast.query_encoder.parameters())
+        self._channels_last = speed.channels_last
+        self._step = torch.zeros((), dtype=torch.int64, device=processes.device)
+        # A captured graph reads the rate anew at each step, as it does the number of the step.
+        self._lr = torch.zeros((), device=processes.device) if speed.cuda_graph else None
+        self._run = GraphedStep(self._step_on_device, processes.device) if speed.cuda_graph else self._step_on_device
+
+    def __call__(self, views: Sequence[Tensor], hard: HardNegatives, step: int, lr: float) -> None:
+        """Take a step.
+
+        Args:
+            views: query and key view (B, 3, H, W) of this process's images.
+            hard: synthetic negatives of this step.
+            step: number of the step, from 0. lr: learning rate.
+        """
+        self._step.fill_(step)
+        optim.set_rate(self.optimizer, lr, self._lr)
+        self._run(views, hard)
+        self.meter.count()
+
+    def _step_on_device(self, views: Sequence[Tensor], hard: HardNegatives) -> None:
+        """All of a step that is the device's work: what a CUDA graph can hold."""
+        with stage("momentum update"):
+            self.contrast.update_keys(self.config.model.momentum)
+        results, keys = [], []
+        micro_batches = list(zip(*(view.chunk(self.config.trainer.accumulate) for view in views), strict=True))
+        row = self.processes.rank * len(views[0])
+        for i, (query_view, key_view) in enumerate(micro_batches):
+            with self._no_sync(unless=i == len(micro_batches) - 1):
+                with self._precision():
+                    query_images, key_images = self._images(query_view), self._images(key_view)
+                    contrast = self.model(query_images, key_images, hard, self._step, row, i)
+                with stage("backward"):
+                    (contrast.result.loss / len(micro_batches)).backward()
+            row += len(query_view)
+            results.append(contrast.result)
+            keys.append(contrast.keys)
+
+        with stage("metrics"):
+            norm = self._gradient_norm()
+            values = self.meter.values(results, norm)
+            self.guard.watch(values[0], norm, self._step, values)
+            self.meter.add(values)
+        with stage("optimizer"):
+            optim.step(self.optimizer, self.guard.skip)
+            self.optimizer.zero_grad(set_to_none=True)
+        with stage("enqueue"):
+            self.contrast.queue.enqueue(all_gather_rows(torch.cat(keys)), self.guard.skip)
+
+    def _gradient_norm(self) -> Tensor:
+        """Of all gradients, before they are clipped as configured."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
+        if self.config.optim.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.config.optim.clip_norm, norm, foreach=True)
+        return norm
+
+    def _precision(self) -> Any:
+        bf16 = self.config.trainer.precision == "bf16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=bf16)
+
+    def _images(self, view: Tensor) -> Tensor:
+        view = view if self.config.trainer.precision == "bf16" else view.float()
+        return view if self._channels_last else view.contiguous()
+
+    def _no_sync(self, unless: bool) -> Any:
+        """Gradients are averaged over processes with the last micro-batch's backward only."""
+        if unless or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
