@@ -22,6 +22,7 @@ from tests import fuzz
 from tests.campaign import campaign
 from tests.conftest import REPOSITORY, TINY, environment, write_images
 from tests.engine.runs import differences, final_state, pretrain_command, rows
+from tests.engine.trajectories import compare
 
 FOLDER = REPOSITORY / "runs" / "stress"
 PROGRESS = FOLDER / "progress.json"
@@ -158,12 +159,21 @@ def hostile_files(hostile: int) -> None:
     Stage(f"hostile files among {10 * hostile} good ones", hostile).run(run, at_once=hostile)
 
 
+def trajectories(steps: int) -> None:
+    """The losses of so many fast and plain steps."""
+    found = [(method, precision) for method in ("moco", "mochi", "synco") for precision in ("fp32", "bf16")]
+    Stage(f"fast step beside the plain one, {steps} steps", len(found)).run(
+        lambda number: print(compare(*found[number], steps), flush=True)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--op", type=int, default=2000)
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=200, help="of the fast step beside the plain one")
     parser.add_argument("--hostile", type=int, default=500)
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -172,6 +182,7 @@ def main() -> None:
         random_calls(name, arguments.fused)
     Stage("mutated configurations", arguments.config).run(fuzz.config_case)
     hostile_files(arguments.hostile)
+    trajectories(arguments.steps)
     Kills(arguments.kills).run()
 
 

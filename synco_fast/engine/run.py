@@ -40,12 +40,16 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
     try:
         build(config, processes, resume).run()
     except RuntimeError as error:
+        if _in_compiler(error):
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"torch.compile failed: {reason}; set speed.compile to false to do without it") from error
         if not _out_of_memory(error):
             raise
         raise UserError(
             f"out of memory on {processes.device}: lower data.batch_size = {config.data.batch_size}, raise "
-            f"trainer.accumulate = {config.trainer.accumulate}, or lower queue.size = {config.queue.size}, "
-            f"model.dim = {config.model.dim} or data.image_size = {config.data.image_size}"
+            f"trainer.accumulate = {config.trainer.accumulate}, set speed.recompute to true, or lower "
+            f"queue.size = {config.queue.size}, model.dim = {config.model.dim} or data.image_size = "
+            f"{config.data.image_size}"
         ) from error
     finally:
         distributed.stop()
@@ -189,6 +193,11 @@ def _load_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot resume, its state does not fit this model: {reason}") from error
+
+
+def _in_compiler(error: RuntimeError) -> bool:
+    """By name: to import the compiler's exceptions is to import the compiler."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

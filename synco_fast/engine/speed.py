@@ -98,4 +98,7 @@ def choose_algorithms(device: torch.device, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = True  # no choice by timing
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used

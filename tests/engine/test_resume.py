@@ -82,3 +82,17 @@ def test_killed_while_reading_shards(
     subprocess.run(killed, check=True, env=environment(), capture_output=True)
     assert differences(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+@pytest.mark.timeout(900)  # of which compiling takes the most
+def test_killed_in_the_fast_step(images: Path, tiny: Path, tmp_path: Path) -> None:
+    """Compiled encoders and a low-precision twin, which a new process compiles and makes anew: the same bits."""
+    fast = ("model.arch=resnet10_narrow", "speed.compile=true", "speed.key_twin=true", "trainer.precision=bf16")
+    options = [word for key in (*fast, "trainer.max_steps=9", "checkpoint.every_steps=2") for word in ("--set", key)]
+    whole = pretrain_command(tiny, images, tmp_path / "whole", *options)
+    subprocess.run(whole, check=True, env=environment(), capture_output=True)
+    killed = pretrain_command(tiny, images, tmp_path / "killed", *options)
+    kill_after(killed, 5)
+    subprocess.run(killed, check=True, env=environment(), capture_output=True)
+    assert differences(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
