@@ -48,7 +48,8 @@ def compare(method: str, precision: str, steps: int) -> str:
     found = distances(fast, plain)
     line = (
         f"{method} {precision}: first {_EARLY} steps off by {found[0]:.2g} at most (rounding {yardsticks[0]:.2g}); "
-        f"{steps} steps by {found[1]:.2g} (rounding {yardsticks[1]:.2g}); loss {plain[0]:.3f} to {plain[-_WINDOW:].mean():.3f}"
+        f"{steps} steps by {found[1]:.2g} (rounding {yardsticks[1]:.2g}); "
+        f"loss {plain[0]:.3f} to {plain[-_WINDOW:].mean():.3f}"
     )
     assert all(ours <= _FACTOR * allowed for ours, allowed in zip(found, yardsticks, strict=True)), line
     return line
