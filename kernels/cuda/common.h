@@ -25,8 +25,7 @@ __device__ __forceinline__ half load_query(const Arguments& a, size_t i) {
   return __float2half_rn(load_element(a.q, a.q_type, i));
 }
 
-// A block's time by phase, of which its thread 0 keeps account: on its own, so without a barrier that is not there anyway.
-// Off, it is nothing.
+// A block's time by phase, of which its thread 0 keeps account without asking the others. Off, it is nothing.
 template <bool on>
 struct Clock {
   int64_t* phases = nullptr;  // (kPhases)

@@ -26,7 +26,7 @@ class Clock:
     def shares(self) -> dict[str, float]:
         """Each phase's share of the time of all threads (CPU) or blocks (CUDA), with sum 1. After `record` has ended.
 
-        Times the time of a call it is the time that the phase took, the work being shared out over all of them.
+        A share of the time of a call is how long the phase took with all of them at work.
 
         Raises:
             RuntimeError: no call was recorded.

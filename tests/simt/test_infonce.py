@@ -175,7 +175,7 @@ def test_nothing_to_report(variant: str, hard: HardNegatives) -> None:
 
 
 def sanitized() -> Path:
-    """With clocks, and two widths, which differ in where the queries are, and not optimised: that would take a minute."""
+    """With clocks, two widths, which differ in where the queries are, and not optimised: that would take a minute."""
     return edited_program("sanitized", {"infonce.cu": ONLY_64[:1]}, "sanitized", flags=("-O0",))
 
 
