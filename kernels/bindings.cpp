@@ -3,11 +3,16 @@
 
 #include <torch/library.h>
 
+#include <mutex>
+#include <optional>
+
 #include "cpu/infonce.h"
+#include "synco/phases.h"
 
 #ifdef SYNCO_WITH_CUDA
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -35,12 +40,33 @@ synco::HardNegatives hard_negatives(at::IntArrayRef counts, at::ArrayRef<double>
   return hard;
 }
 
+// What synco_fast/ops/phases.py has calls add their phases to, (slots, kPhases) int64; undefined: nothing is measured.
+std::mutex recording;
+at::Tensor recorded;
+
+void record_phases(const std::optional<at::Tensor>& ticks) {
+  TORCH_CHECK(!ticks || ticks->size(1) == synco::kPhases, "record_phases: expected ", synco::kPhases, " phases");
+  const std::lock_guard<std::mutex> lock(recording);
+  recorded = ticks.value_or(at::Tensor());
+}
+
+// Undefined where nothing is measured on that device. A slot is a block's, or all threads' of a CPU.
+at::Tensor phases_of_call(at::Device device, int64_t slots) {
+  const std::lock_guard<std::mutex> lock(recording);
+  if (!recorded.defined() || recorded.device() != device) return {};
+  TORCH_CHECK(recorded.size(0) == slots, "record_phases: expected ", slots, " slots");
+  return recorded;
+}
+
+int64_t* pointer(const at::Tensor& phases) { return phases.defined() ? phases.mutable_data_ptr<int64_t>() : nullptr; }
+
 Result infonce_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& queue, const at::Tensor& step,
                    at::IntArrayRef counts, at::ArrayRef<double> strengths, bool extrapolate_from_negative,
                    double temperature, int64_t seed, int64_t row_offset) {
+  const at::Tensor phases = phases_of_call(q.device(), 1);
   return synco::cpu::infonce(q, k, queue, hard_negatives(counts, strengths, extrapolate_from_negative), temperature,
                              static_cast<uint64_t>(seed), static_cast<uint32_t>(step.item<int64_t>()),
-                             static_cast<uint32_t>(row_offset));
+                             static_cast<uint32_t>(row_offset), pointer(phases));
 }
 
 #ifdef SYNCO_WITH_CUDA
@@ -110,6 +136,11 @@ Result infonce_cuda(const at::Tensor& q_, const at::Tensor& k_, const at::Tensor
   a.rank = rank.mutable_data_ptr<int64_t>();
   a.rank_all = rank_all.mutable_data_ptr<int64_t>();
   a.stats = stats.mutable_data_ptr<float>();
+  const at::Tensor phases = phases_of_call(q.device(), plan.blocks);
+  const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  TORCH_CHECK(!phases.defined() || !captured, "infonce: phases cannot be recorded of a CUDA graph, whose replays would "
+              "add to them for ever: capture it outside of record()");
+  a.phases = pointer(phases);
   C10_CUDA_CHECK(synco::cuda::infonce(a, plan, dim, c10::cuda::getCurrentCUDAStream()));
   return {loss, gradient, rank, rank_all, stats};
 }
@@ -131,6 +162,7 @@ TORCH_LIBRARY_FRAGMENT(synco_fast, library) {
       "bool extrapolate_from_negative, float temperature, int seed, int row_offset) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("compiled_with_cuda() -> bool", &compiled_with_cuda);
+  library.def("record_phases(Tensor? ticks) -> ()", &record_phases);
 }
 
 TORCH_LIBRARY_IMPL(synco_fast, CPU, library) { library.impl("infonce_compiled", &infonce_cpu); }

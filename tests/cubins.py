@@ -30,9 +30,9 @@ def cuobjdump(library: Path, *options: str) -> str:
 
 
 def resources(library: Path, kernel: str) -> Iterator[tuple[str, str, str]]:
-    """Architecture, template's argument as mangled, and registers and stack of each instance of a kernel template."""
+    """Architecture, template's arguments as mangled, and registers and stack of each instance of a kernel template."""
     for part in cuobjdump(library, "-res-usage").split("arch = ")[1:]:
-        for argument, usage in re.findall(rf"{kernel}I(\w+?)E\S*\s+(REG:.*)", part):
+        for argument, usage in re.findall(rf"{kernel}I(\w+?)EEv\S*\s+(REG:.*)", part):
             yield part.split()[0], argument, usage
 
 

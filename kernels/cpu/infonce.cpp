@@ -17,6 +17,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/clock.h"
 #include "cpu/row.h"
 #include "cpu/vector_math.h"
 
@@ -178,7 +179,7 @@ void select(Candidates& candidates, std::atomic<float>& bound, const float* simi
 }
 
 // One row tile against one split of the queue.
-void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, Partials& partials) {
+void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, Partials& partials, Clock& clock) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;  // thread-local, so here and not only in infonce
   const int64_t first = row_tile * kTileRows, rows = std::min(kTileRows, p.batch - first);
   const at::Tensor q = p.q.narrow(0, first, rows);
@@ -197,16 +198,23 @@ void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, 
     if (scratch.converted.defined()) tile = scratch.converted.narrow(0, 0, columns).copy_(tile);
     at::Tensor similarity = scratch.similarity.narrow(0, 0, rows * columns).view({rows, columns});
     if (!scratch.packed.defined()) at::mm_out(similarity, q, tile.t());
+    clock.lap(kSimilarity);
     float* s = similarity.mutable_data_ptr<float>();
     for (int64_t r = 0; r < rows; ++r, s += columns) {
       const int count = static_cast<int>(columns);
-      if (p.n_hard) select(candidates[r], partials.bound[first + r], s, static_cast<int>(start), count);
+      if (p.n_hard) {
+        select(candidates[r], partials.bound[first + r], s, static_cast<int>(start), count);
+        clock.lap(kSelection);
+      }
       const Weighed weighed = weigh(s, count, partials.positive[first + r], p.log2e_over_t());
       partials.weight[slot + r] += weighed.weight;
       partials.rank[slot + r] += weighed.rank;
+      if (p.n_hard) clock.lap(kWeights);
     }
+    clock.lap(kWeights);
     if (start == begin) at::mm_out(pull, similarity, tile);
     else pull.addmm_(similarity, tile);
+    clock.lap(kGradient);
   }
 
   for (int64_t r = 0; r < (p.n_hard ? rows : 0); ++r) {
@@ -215,6 +223,7 @@ void pass(const Plan& p, int64_t row_tile, int64_t split, PassScratch& scratch, 
     std::copy_n(candidates[r].row, candidates[r].size, partials.rows(slot + r, p.n_hard));
     partials.size[slot + r] = candidates[r].size;
   }
+  if (p.n_hard) clock.lap(kSelection);
 }
 
 // One thread's buffers for finishing queries.
@@ -257,7 +266,7 @@ RowType row_type(const at::Tensor& queue) {
 
 // Add up the splits of query b, select its hard set among their candidates, and finish it.
 RowResult finish(const Plan& p, const Settings& settings, int64_t b, uint32_t row_offset, FinishScratch& scratch,
-                 Partials& partials, float* gradient) {
+                 Partials& partials, float* gradient, Clock& clock) {
   const int dim = static_cast<int>(p.dim);
   Query query{p.q.const_data_ptr<float>() + b * dim,
               p.k.const_data_ptr<float>() + b * dim,
@@ -273,24 +282,30 @@ RowResult finish(const Plan& p, const Settings& settings, int64_t b, uint32_t ro
     query.rank += partials.rank[slot];
     if (slot != b)
       for (int d = 0; d < dim; ++d) query.pull[d] += partials.pull.const_data_ptr<float>()[slot * dim + d];
+  }
+  clock.lap(kFinish);
+  for (int64_t slot = b; p.n_hard && slot < p.splits * p.batch; slot += p.batch) {
     std::copy_n(partials.similarities(slot, p.n_hard), partials.size[slot], hard_set.similarity + hard_set.size);
     std::copy_n(partials.rows(slot, p.n_hard), partials.size[slot], hard_set.row + hard_set.size);
     hard_set.size += partials.size[slot];
   }
   shrink(hard_set, p.n_hard);
-  return finish_row(settings, query, scratch.row, gradient + b * dim);
+  if (p.n_hard) clock.lap(kSelection);
+  return finish_row(settings, query, scratch.row, gradient + b * dim, clock);
 }
 
 // Tasks 0 .. count - 1, each by whichever thread is free. Matrix products within are single-threaded whatever the number
 // of threads: in a parallel region of several, or with one thread in all.
 template <class Scratch, class Task>
-void for_each_task(const Plan& plan, int64_t count, const Task& task) {
+void for_each_task(const Plan& plan, int64_t count, std::vector<Clock>& clocks, const Task& task) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::max<int64_t>(at::get_num_threads(), 1), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, static_cast<int64_t>(clocks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
+      Clock& clock = clocks[worker];
+      clock.lap(kWaiting);
       if (next >= count) continue;
       Scratch scratch(plan);
-      for (int64_t i; (i = next++) < count;) task(i, scratch);
+      for (int64_t i; (i = next++) < count;) task(i, scratch, clock);
     }
   });
 }
@@ -322,21 +337,25 @@ at::Tensor statistics(const HardNegatives& hard, const std::vector<RowResult>& r
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> infonce(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& queue, const HardNegatives& hard, double temperature,
-    uint64_t seed, uint32_t step, uint32_t row_offset) {
+    uint64_t seed, uint32_t step, uint32_t row_offset, int64_t* phases) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  std::vector<Clock> clocks(std::max<int64_t>(at::get_num_threads(), 1), Clock(phases));
   const Plan plan(q, k, queue, hard, temperature);
   Partials partials(plan);
-  for_each_task<PassScratch>(plan, plan.row_tiles * plan.splits, [&](int64_t task, PassScratch& scratch) {
-    pass(plan, task / plan.splits, task % plan.splits, scratch, partials);
-  });
+  clocks[0].lap(kSimilarity);
+  const auto pass_task = [&](int64_t task, PassScratch& scratch, Clock& clock) {
+    pass(plan, task / plan.splits, task % plan.splits, scratch, partials, clock);
+  };
+  for_each_task<PassScratch>(plan, plan.row_tiles * plan.splits, clocks, pass_task);
 
   const Settings settings{hard, plan.queue.const_data_ptr(), row_type(plan.queue), static_cast<int>(plan.dim),
                           static_cast<int>(plan.batch), temperature, seed, step};
   at::Tensor gradient = at::empty({plan.batch, plan.dim}, at::kFloat);
   std::vector<RowResult> rows(plan.batch);
-  for_each_task<FinishScratch>(plan, plan.batch, [&](int64_t b, FinishScratch& scratch) {
-    rows[b] = finish(plan, settings, b, row_offset, scratch, partials, gradient.mutable_data_ptr<float>());
+  for_each_task<FinishScratch>(plan, plan.batch, clocks, [&](int64_t b, FinishScratch& scratch, Clock& clock) {
+    rows[b] = finish(plan, settings, b, row_offset, scratch, partials, gradient.mutable_data_ptr<float>(), clock);
   });
+  clocks[0].lap(kWaiting);
 
   at::Tensor rank = at::empty({plan.batch}, at::kLong), rank_all = at::empty({plan.batch}, at::kLong);
   double loss = 0;
@@ -345,8 +364,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> infonce(
     rank.mutable_data_ptr<int64_t>()[b] = rows[b].rank;
     rank_all.mutable_data_ptr<int64_t>()[b] = rows[b].rank_all;
   }
-  return {at::scalar_tensor(loss / static_cast<double>(plan.batch), at::kFloat), gradient, rank, rank_all,
-          statistics(hard, rows)};
+  at::Tensor stats = statistics(hard, rows);
+  clocks[0].lap(kFinish);
+  for (Clock& clock : clocks) {
+    clock.lap(kWaiting);
+    for (int phase = 0; phases && phase < kPhases; ++phase)
+      __atomic_fetch_add(phases + phase, clock.nanoseconds(phase), __ATOMIC_RELAXED);
+  }
+  return {at::scalar_tensor(loss / static_cast<double>(plan.batch), at::kFloat), gradient, rank, rank_all, stats};
 }
 
 }  // namespace synco::cpu

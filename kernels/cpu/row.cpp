@@ -137,7 +137,7 @@ SYNCO_INLINE void multiply(const Settings& s, const Query& query, const RowScrat
 // of: a block at a time, so that the loop in the middle is vectorised.
 template <int kind>
 SYNCO_INLINE void weigh_kind(const Settings& s, const Query& query, const RowScratch& scratch, const Draws& draws,
-                             float log2e_over_t, Synthetic& sum) {
+                             float log2e_over_t, Synthetic& sum, Clock& clock) {
   constexpr bool extra = kind == kNoisy || kind == kAdversarial;
   Block b;
   float similarity[kBlock], weight[kBlock], on_query[kBlock], on_first[kBlock], on_second[kBlock], scaled[kBlock];
@@ -175,10 +175,12 @@ SYNCO_INLINE void weigh_kind(const Settings& s, const Query& query, const RowScr
         const float* noise = noise_of(scratch, i);
         for (int d = 0; d < s.dim; ++d) query.pull[d] += scaled[i] * noise[d];
       }
+    clock.lap(phase_of(kind));
   }
 }
 
-SYNCO_INLINE Synthetic weigh(const Settings& s, const Query& query, const RowScratch& scratch, float log2e_over_t) {
+SYNCO_INLINE Synthetic weigh(const Settings& s, const Query& query, const RowScratch& scratch, float log2e_over_t,
+                             Clock& clock) {
   Synthetic sum;
   sum.qq = dot_inline(query.q, query.q, s.dim);
   for (int d = 0; d < s.dim; ++d) {
@@ -186,9 +188,10 @@ SYNCO_INLINE Synthetic weigh(const Settings& s, const Query& query, const RowScr
     sum.l1 += fabsf(query.q[d]);
     sum.nonzero += scratch.sign[d] != 0;
   }
+  clock.lap(kParents);
   Draws draws = scratch.draws;
   const auto weigh_next = [&](auto kind) __attribute__((always_inline)) {
-    weigh_kind<kind.value>(s, query, scratch, draws, log2e_over_t, sum);
+    weigh_kind<kind.value>(s, query, scratch, draws, log2e_over_t, sum, clock);
     const int count = s.hard.count[kind.value];
     draws = {draws.first + count, draws.second + count, draws.coefficient + count};
   };
@@ -222,11 +225,13 @@ SYNCO_INLINE void add_hard_rows(const Settings& s, const Query& query, const Row
 }
 
 SYNCO_INLINE Synthetic synthesize(const Settings& s, const Query& query, const RowScratch& scratch,
-                                  float log2e_over_t) {
+                                  float log2e_over_t, Clock& clock) {
   make_draws(s, query, scratch);
+  clock.lap(kDraws);
   gather(s, query.hard_set, scratch);
-  const Synthetic sum = weigh(s, query, scratch, log2e_over_t);
+  const Synthetic sum = weigh(s, query, scratch, log2e_over_t, clock);
   add_hard_rows(s, query, scratch);
+  clock.lap(kParents);
   const float on_query = static_cast<float>(sum.on_query), on_sign = static_cast<float>(sum.on_sign);
   for (int d = 0; d < s.dim; ++d) query.pull[d] += on_query * query.q[d] + on_sign * scratch.sign[d];
   return sum;
@@ -236,11 +241,12 @@ SYNCO_INLINE Synthetic synthesize(const Settings& s, const Query& query, const R
 
 SYNCO_CLONES float dot(const float* a, const float* b, int dim) { return dot_inline(a, b, dim); }
 
-SYNCO_CLONES RowResult finish_row(const Settings& s, const Query& query, const RowScratch& scratch, float* gradient) {
+SYNCO_CLONES RowResult finish_row(const Settings& s, const Query& query, const RowScratch& scratch, float* gradient,
+                                  Clock& clock) {
   const float log2e_over_t = static_cast<float>(1.4426950408889634 / s.temperature);
   const double positive_weight = exp2_of_product(query.positive, log2e_over_t);
   Synthetic synthetic;
-  if (query.hard_set.size > 0) synthetic = synthesize(s, query, scratch, log2e_over_t);
+  if (query.hard_set.size > 0) synthetic = synthesize(s, query, scratch, log2e_over_t, clock);
 
   double total = positive_weight + query.queue_weight;
   for (int kind = 0; kind < kKinds; ++kind) total += synthetic.mass[kind];
@@ -261,6 +267,7 @@ SYNCO_CLONES RowResult finish_row(const Settings& s, const Query& query, const R
   result.hard_similarity = query.hard_set.size ? hard_sum / query.hard_set.size : 0.0;
   result.rank = query.rank;
   result.rank_all = query.rank + synthetic.rank;
+  clock.lap(kFinish);
   return result;
 }
 

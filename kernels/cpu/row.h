@@ -1,6 +1,7 @@
 // One query's share of the op after the pass over the queue: synthetic negatives, loss, gradient, statistics.
 #pragma once
 
+#include "cpu/clock.h"
 #include "cpu/selection.h"
 #include "synco/closed_forms.h"
 
@@ -62,6 +63,7 @@ struct RowScratch {
 float dot(const float* a, const float* b, int dim);
 
 // gradient (dim) is that of the batch's mean loss.
-RowResult finish_row(const Settings& settings, const Query& query, const RowScratch& scratch, float* gradient);
+RowResult finish_row(const Settings& settings, const Query& query, const RowScratch& scratch, float* gradient,
+                     Clock& clock);
 
 }  // namespace synco::cpu

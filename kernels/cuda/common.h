@@ -25,6 +25,29 @@ __device__ __forceinline__ half load_query(const Arguments& a, size_t i) {
   return __float2half_rn(load_element(a.q, a.q_type, i));
 }
 
+// A block's time by phase, of which its thread 0 keeps account without asking the others. Off, it is nothing.
+template <bool on>
+struct Clock {
+  int64_t* phases = nullptr;  // (kPhases)
+  uint32_t last = 0;
+
+  __device__ __forceinline__ explicit Clock(const Arguments& a) {
+    if constexpr (on) {
+      phases = a.phases + static_cast<size_t>(blockIdx.x) * kPhases;
+      last = cycles();
+    }
+  }
+  // What has passed since the last lap was this phase.
+  __device__ __forceinline__ void lap(Phase phase) {
+    if constexpr (on) {
+      if (threadIdx.x != 0) return;
+      const uint32_t now = cycles();
+      add_global(phases + phase, static_cast<int64_t>(now - last));
+      last = now;
+    }
+  }
+};
+
 // Sum over 2, 4, ... 32 neighbouring lanes, the same bits in each.
 template <int lanes>
 __device__ __forceinline__ float sum_over(float v) {

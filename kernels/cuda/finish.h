@@ -144,9 +144,9 @@ __device__ __forceinline__ void gather_splits(const Arguments& a, const Plan& p,
 
 // One query: select, synthesise, add up, write gradient, ranks and row statistics. `row` counts within the pass; the
 // similarities of `next`, if there is one, are asked for as soon as there is room.
-template <int dim>
+template <int dim, class Clock>
 __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, const FinishShared& shared, int first_row,
-                                           int row, int next) {
+                                           int row, int next, Clock& clock) {
   const int thread = static_cast<int>(threadIdx.x), batch_row = first_row + row;
   __syncthreads();  // the query before may still be read
   for (int d = thread; d < dim; d += kThreads)
@@ -157,12 +157,15 @@ __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, co
   float hard_sum = 0.f;
   const QueryShare<dim> query = share_query<dim>(a, shared.selection.query, batch_row);
   if (a.hard.n_hard) {
+    clock.lap(kFinish);
     draw_some(a, shared.synthesis, query.row, query.step, 0);  // while the similarities come
+    clock.lap(kDraws);
     const Similarities s = narrow(a, all_similarities(a, p, shared.selection, row), shared.selection);
     const Threshold threshold = find_threshold<dim>(a, s, shared.selection);
     hard_sum = write_hard_set<dim>(a, s, shared.selection, threshold);
     if (next >= 0) bring_similarities(a, p, shared.selection, next);
-    pull_all<dim>(a, query, shared.synthesis, sum);
+    clock.lap(kSelection);
+    pull_all<dim>(a, query, shared.synthesis, sum, clock);
   }
   gather_groups<dim>(shared, sum, hard_sum);
   if (warp_id() == 0) gather_splits(a, p, row, shared.totals);
@@ -225,8 +228,8 @@ __device__ __forceinline__ void finish_row(const Arguments& a, const Plan& p, co
   }
 }
 
-template <int dim>
-__device__ __forceinline__ void finish_rows(const Arguments& a, const Plan& p, int first_row, int rows) {
+template <int dim, class Clock>
+__device__ __forceinline__ void finish_rows(const Arguments& a, const Plan& p, int first_row, int rows, Clock& clock) {
   SharedArena arena;
   const FinishShared shared = take_finish_shared<dim>(a, p, arena);
   for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) shared.selection.histogram[i] = 0;
@@ -234,8 +237,9 @@ __device__ __forceinline__ void finish_rows(const Arguments& a, const Plan& p, i
   if (row < rows) bring_similarities(a, p, shared.selection, row);
   for (int next; row < rows; row = next) {
     next = row + static_cast<int>(gridDim.x);
-    finish_row<dim>(a, p, shared, first_row, row, next < rows ? next : -1);
+    finish_row<dim>(a, p, shared, first_row, row, next < rows ? next : -1, clock);
   }
+  clock.lap(kFinish);
 }
 
 // Means over the batch, by one block, each in a fixed order. What was not made has no place in the result.

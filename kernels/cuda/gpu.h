@@ -95,6 +95,12 @@ void store_global(T* p, ::simt::Same<T> v, SIMT_SITE) {
   *p = v;
 }
 
+inline uint32_t cycles() { return ++::simt::self->cycles; }
+inline void add_global(int64_t* p, int64_t v, SIMT_SITE) {
+  ::simt::global_store(p, sizeof(int64_t), SIMT_HERE);
+  *p += v;
+}
+
 inline float exp2_approx(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.f : y;  // a NaN stays one
@@ -246,6 +252,17 @@ __device__ __forceinline__ void store_global(T* p, typename detail::Identity<T>:
   } else {
     asm volatile("st.global.u8 [%0], %1;" ::"l"(p), "r"(uint32_t{detail::bit_cast<uint8_t>(v)}) : "memory");
   }
+}
+
+// The multiprocessor's clock, which wraps. What was begun before, such as a load or a product, may still be under way.
+__device__ __forceinline__ uint32_t cycles() {
+  uint32_t now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
+  return now;
+}
+// For places that only one thread of the launch adds to: it need not wait for the sum, as a load and a store would.
+__device__ __forceinline__ void add_global(int64_t* p, int64_t v) {
+  asm volatile("red.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
 // 2^x to 2 ulp; results below the least normal float are 0.

@@ -20,17 +20,22 @@
 
 namespace synco::cuda {
 
-template <int dim>
+template <int dim, bool clocked>
 __global__ void __launch_bounds__(kThreads, 1) infonce_kernel(const Arguments a, const Plan p) {
+  Clock<clocked> clock(a);
   for (int first_row = 0; first_row < a.batch; first_row += p.rows_per_pass) {
     const int rows = min(p.rows_per_pass, a.batch - first_row);
     if (first_row) grid_sync();  // the workspace may still be read
-    queue_pass<dim>(a, p, first_row, rows);
+    clock.lap(kWaiting);
+    queue_pass<dim>(a, p, first_row, rows, clock);
     grid_sync();
-    finish_rows<dim>(a, p, first_row, rows);
+    clock.lap(kWaiting);
+    finish_rows<dim>(a, p, first_row, rows, clock);
   }
   grid_sync();
+  clock.lap(kWaiting);
   if (blockIdx.x == 0) finish_batch(a, p);
+  clock.lap(kFinish);
 }
 
 namespace {
@@ -47,12 +52,13 @@ unsigned matrix_shared_bytes(int dim) {
 
 template <int dim>
 cudaError_t launch(const Arguments& arguments, const Plan& plan, cudaStream_t stream) {
+  // One without clocks has its own registers.
+  const auto kernel = arguments.phases ? infonce_kernel<dim, true> : infonce_kernel<dim, false>;
   // Always the same, so that it does not matter whose launch comes between this and the next line.
-  const cudaError_t error = cudaFuncSetAttribute(infonce_kernel<dim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 plan.shared_limit);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit);
   if (error != cudaSuccess) return error;
-  return SYNCO_LAUNCH_COOPERATIVE((infonce_kernel<dim>), plan.blocks, kThreads, plan.shared_bytes, stream, arguments,
-                                  plan);
+  return SYNCO_LAUNCH_COOPERATIVE(kernel, plan.blocks, kThreads, plan.shared_bytes, stream, arguments, plan);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
-#include "synco/negatives.h"
+#include "synco/phases.h"
 
 namespace synco::cuda {
 
@@ -53,6 +53,7 @@ struct Arguments {
   float *loss, *gradient, *stats;  // (), (batch, dim), in the order of synco_fast.ops.result.stat_names
   int64_t *rank, *rank_all;        // (batch)
   unsigned char* workspace;        // Plan::bytes, aligned to 256
+  int64_t* phases;        // null, or (blocks, kPhases) cycles, to which this launch's are added
 };
 
 struct Device {

@@ -272,9 +272,9 @@ __device__ __forceinline__ int first_tile(int split, int queue_tiles, int splits
 }
 
 // One row tile against one split. Queries are those of the pass, from first_row of the batch on; `rows` of them.
-template <int dim>
+template <int dim, class Clock>
 __device__ __forceinline__ void pass_unit(const Arguments& a, const Plan& p, const PassShared& shared, int row_tile,
-                                          int split, int first_row, int rows) {
+                                          int split, int first_row, int rows, Clock& clock) {
   using T = Tile<dim>;
   const float log2e_over_t = 1.4426950408889634f / a.temperature;
   const int warp_row = row_tile * kTileRows + warp_id() * 16;  // within the pass
@@ -318,22 +318,27 @@ __device__ __forceinline__ void pass_unit(const Arguments& a, const Plan& p, con
     const int left = a.queue_rows - t * T::columns;
     float s[T::columns / 8][4];
     multiply_queries<dim>(shared.queries, kept, tile, s);
+    clock.lap(kSimilarity);
     if (a.hard.n_hard) {
       half* to = reinterpret_cast<half*>(a.workspace + p.similarity) + static_cast<size_t>(warp_row) * p.row_stride;
       store_similarity<dim>(s, left, shared.staging + warp_id() * 16 * (T::columns + 8), to + t * T::columns,
                             p.row_stride, rows - warp_row);
+      clock.lap(kSelection);
     }
     if (!fixed) grow_exponents<dim>(s, left, log2e_over_t, sums);
     weigh<dim>(s, left, positive, log2e_over_t, sums);
+    clock.lap(kWeights);
     multiply_weights<dim>(s, tile, sums.pull);
+    clock.lap(kGradient);
   }
   cp_async_wait<0>();
   store_sums<dim>(a, p, sums, split, warp_row, rows);
+  clock.lap(kFinish);
 }
 
 // All row tiles of a pass against the whole queue.
-template <int dim>
-__device__ __forceinline__ void queue_pass(const Arguments& a, const Plan& p, int first_row, int rows) {
+template <int dim, class Clock>
+__device__ __forceinline__ void queue_pass(const Arguments& a, const Plan& p, int first_row, int rows, Clock& clock) {
   SharedArena arena;
   PassShared shared;
   shared.queries = arena.take<half, 128>(kTileRows * dim);
@@ -342,7 +347,7 @@ __device__ __forceinline__ void queue_pass(const Arguments& a, const Plan& p, in
   const int row_tiles = (rows + kTileRows - 1) / kTileRows;
   const int unit = static_cast<int>(blockIdx.x);  // never more units than blocks: make_plan
   if (unit < row_tiles * p.splits)
-    pass_unit<dim>(a, p, shared, unit % row_tiles, unit / row_tiles, first_row, rows);
+    pass_unit<dim>(a, p, shared, unit % row_tiles, unit / row_tiles, first_row, rows, clock);
 }
 
 }  // namespace synco::cuda

@@ -197,9 +197,10 @@ __device__ __forceinline__ void draw_some(const Arguments& a, const SynthesisSha
 
 // Those synthetic negatives of a kind whose draws lie from `start` on, shared out over the block's groups. `before`: how
 // many draws the kinds before this one have.
-template <int dim, int kind>
+template <int dim, int kind, class Clock>
 __device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<dim>& query,
-                                          const SynthesisShared& shared, int start, int& before, Pulled<dim>& sum) {
+                                          const SynthesisShared& shared, int start, int& before, Pulled<dim>& sum,
+                                          Clock& clock) {
   constexpr int groups = kThreads / kGroup<dim>;
   const int group = static_cast<int>(threadIdx.x) / kGroup<dim>, begin = before;
   before += a.hard.count[kind];
@@ -215,25 +216,27 @@ __device__ __forceinline__ void pull_kind(const Arguments& a, const QueryShare<d
     const uint32_t sample = static_cast<uint32_t>(start + own - begin);
     pull_one<dim, kind>(a, query, parents, shared.draws[own].coefficient, sample, i < left, sum);
   }
+  clock.lap(phase_of(kind));
 }
 
 // All synthetic negatives of a query, of which draw_some has drawn the first.
-template <int dim>
+template <int dim, class Clock>
 __device__ __forceinline__ void pull_all(const Arguments& a, const QueryShare<dim>& query,
-                                         const SynthesisShared& shared, Pulled<dim>& sum) {
+                                         const SynthesisShared& shared, Pulled<dim>& sum, Clock& clock) {
   for (int start = 0; start < a.hard.total(); start += kDrawsAtOnce) {
     if (start) {
       __syncthreads();  // the draws before may still be read
       draw_some(a, shared, query.row, query.step, start);
       __syncthreads();
+      clock.lap(kDraws);
     }
     int before = 0;
-    pull_kind<dim, kInterpolated>(a, query, shared, start, before, sum);
-    pull_kind<dim, kExtrapolated>(a, query, shared, start, before, sum);
-    pull_kind<dim, kMixed>(a, query, shared, start, before, sum);
-    pull_kind<dim, kNoisy>(a, query, shared, start, before, sum);
-    pull_kind<dim, kPerturbed>(a, query, shared, start, before, sum);
-    pull_kind<dim, kAdversarial>(a, query, shared, start, before, sum);
+    pull_kind<dim, kInterpolated>(a, query, shared, start, before, sum, clock);
+    pull_kind<dim, kExtrapolated>(a, query, shared, start, before, sum, clock);
+    pull_kind<dim, kMixed>(a, query, shared, start, before, sum, clock);
+    pull_kind<dim, kNoisy>(a, query, shared, start, before, sum, clock);
+    pull_kind<dim, kPerturbed>(a, query, shared, start, before, sum, clock);
+    pull_kind<dim, kAdversarial>(a, query, shared, start, before, sum, clock);
   }
 }
 

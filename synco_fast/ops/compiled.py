@@ -28,7 +28,7 @@ def _load() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not fit this torch {torch.__version__}; {_HOW} anew ({str(error)[:200]})"
-    if not hasattr(torch.ops.synco_fast, "compiled_with_cuda"):
+    if not hasattr(torch.ops.synco_fast, "record_phases"):
         return f"{LIBRARY.name} was built from older sources; {_HOW} anew"
     return "ok"
 

@@ -114,6 +114,7 @@ Device& device();
 struct Thread {
   uint3 thread, block;
   dim3 block_size, grid_size;
+  uint32_t cycles = ~2u;  // how often it has read the clock, from near where that wraps: an exact count for tests
 };
 extern Thread* self;
 

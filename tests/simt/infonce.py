@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from synco_fast.ops import KINDS, HardNegatives, eager, stat_names
+from synco_fast.ops.phases import PHASES
 from tests.ops.cases import rounding_floor, run
 from tests.simt.build import REPOSITORY, build, edited
 
@@ -35,6 +36,7 @@ class Launch:
     rank_all: Tensor
     stats: dict[str, Tensor]
     counters: dict[str, int]
+    phases: Tensor | None = None  # (blocks, phases) if clocked: how often each ended, by the emulator's clock
 
 
 def program(variant: str = "plain") -> Path:
@@ -63,15 +65,17 @@ def call(
     row_offset: int = 0,
     processors: int = 4,
     shared_bytes: int = SHARED_BYTES,
+    clocked: bool = False,
     schedule: str = "fwd",
     seconds: int = 100,
 ) -> tuple[subprocess.CompletedProcess[str], bytes]:
     """The finished program, and what it wrote."""
     assert queue.dtype == torch.float16
     header = struct.pack(
-        "<18q7d",
+        "<19q7d",
         *(len(q), len(queue), q.shape[1], ELEMENTS[q.dtype], ELEMENTS[k.dtype], seed, step, row_offset, processors),
-        *(shared_bytes, hard.n_hard if hard.total else 0, *map(hard.count, KINDS), hard.extrapolate_from == "negative"),
+        *(shared_bytes, hard.n_hard if hard.total else 0, *map(hard.count, KINDS)),
+        *(hard.extrapolate_from == "negative", clocked),
         *(hard.alpha_max, hard.beta_max, hard.gamma_max, hard.sigma, hard.delta, hard.eta, temperature),
     )
     environment = {**os.environ, "SIMT_SCHED": schedule, "SIMT_TIMEOUT": str(seconds), "ASAN_OPTIONS": "detect_leaks=0"}
@@ -98,9 +102,10 @@ def launch(program: Path, q: Tensor, k: Tensor, queue: Tensor, *, hard: HardNega
     floats = 1 + batch * dim + ROW_STATS
     values = torch.frombuffer(bytearray(output[: 4 * floats]), dtype=torch.float32)
     loss, gradient, stats = values.split([1, batch * dim, ROW_STATS])
-    ranks = torch.frombuffer(bytearray(output[4 * floats :]), dtype=torch.int64).view(2, batch)
+    integers = torch.frombuffer(bytearray(output[4 * floats :]), dtype=torch.int64)
+    ranks, phases = integers[: 2 * batch].view(2, batch), integers[2 * batch :].view(-1, len(PHASES))
     named = dict(zip(stat_names(hard), stats, strict=False))
-    return Launch(loss[0], gradient.view(batch, dim), *ranks, named, json.loads(done.stdout))
+    return Launch(loss[0], gradient.view(batch, dim), *ranks, named, json.loads(done.stdout), phases)
 
 
 def assert_right(

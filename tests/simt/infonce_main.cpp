@@ -1,5 +1,5 @@
 // Runs the CUDA backend on the CPU: infonce_main INPUT OUTPUT reads a Header and q, k and the queue, and writes loss,
-// gradient, statistics, rank and rank_all. The plan and what the launch executed go to stdout as one line of JSON.
+// gradient, statistics, rank, rank_all and, if clocked, phases. The plan and what the launch executed go to stdout as one line of JSON.
 
 #include <cinttypes>
 #include <cstdio>
@@ -13,7 +13,7 @@ namespace {
 struct Header {
   int64_t batch, queue_rows, dim, q_type, k_type, seed, step, row_offset, processors, shared_bytes, n_hard;
   int64_t count[synco::kKinds];
-  int64_t extrapolate_from_negative;
+  int64_t extrapolate_from_negative, clocked;
   double strengths[6], temperature;  // alpha_max, beta_max, gamma_max, sigma, delta, eta
 };
 
@@ -93,6 +93,11 @@ int main(int, char** arguments) {
       synco::cuda::make_plan(a.batch, a.queue_rows, static_cast<int>(h.dim), a.hard, device);
   check(plan.bytes <= synco::cuda::kWorkspaceLimit, "the workspace is larger than its limit");
   a.workspace = device_array<unsigned char>(plan.bytes);
+  const size_t phases = h.clocked ? plan.blocks * static_cast<size_t>(synco::kPhases) : 0;
+  if (phases) {
+    a.phases = device_array<int64_t>(phases);
+    cudaMemset(a.phases, 0, phases * sizeof(int64_t));
+  }
   // As a launch before might have left it: similarities of 1.06, above all there are.
   const std::vector<unsigned char> used(plan.bytes, 0x3c);
   check(cudaMemcpy(a.workspace, used.data(), used.size(), cudaMemcpyHostToDevice) == cudaSuccess, "cudaMemcpy");
@@ -106,6 +111,7 @@ int main(int, char** arguments) {
   write(output, a.stats, synco::cuda::kRowStats);
   write(output, a.rank, static_cast<size_t>(h.batch));
   write(output, a.rank_all, static_cast<size_t>(h.batch));
+  if (phases) write(output, a.phases, phases);
   std::fclose(output);
 
   std::printf("{\"workspace\": %zu", plan.bytes);

@@ -33,12 +33,10 @@ PLANTED = {
     "waits for one copy too few": Planted(PASS, "cp_async_wait<T::stages - 2>", "cp_async_wait<T::stages - 1>"),
     "no grid_sync between the phases": Planted(
         "infonce.cu",
-        "    grid_sync();\n    finish_rows",
-        "    __syncthreads();\n    finish_rows",
+        "    grid_sync();\n    clock",
+        "    __syncthreads();\n    clock",
     ),
-    "no grid_sync before the means": Planted(
-        "infonce.cu", "  }\n  grid_sync();\n  if (blockIdx", "  }\n  if (blockIdx"
-    ),
+    "no grid_sync before the means": Planted("infonce.cu", "  }\n  grid_sync();\n  clock", "  }\n  clock"),
     "no grid_sync between passes": Planted(
         "infonce.cu", "if (first_row) grid_sync();", "if (first_row) __syncthreads();", "passes", schedule="greedy:1"
     ),

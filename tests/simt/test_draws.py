@@ -27,10 +27,10 @@ RECORDING = {
     ),
     "finish.h": (
         (
-            "    pull_all<dim>(a, query, shared.synthesis, sum);\n",
+            "    pull_all<dim>(a, query, shared.synthesis, sum, clock);\n",
             "    for (int i = thread; i < a.hard.n_hard; i += kThreads)\n"
             "      a.hard_sets[batch_row * a.hard.n_hard + i] = shared.selection.hard_set[i];\n"
-            "    pull_all<dim>(a, query, shared.synthesis, sum);\n",
+            "    pull_all<dim>(a, query, shared.synthesis, sum, clock);\n",
         ),
     ),
     "synthesis.h": (
