@@ -26,6 +26,8 @@ _PACKAGES = ("torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 # 5 steps of 20 images on a CPU, in seconds.
 _QUICK = (
     "data.batch_size=20",
+    "data.image_size=16",
+    "data.eval_resize=16",
     "queue.size=100",
     "bn.group_size=10",
     "negatives.n_hard=16",

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and times everything on this machine's GPU, stage by stage, without network: `make bench-gpu`.
 # CONTRIBUTING.md says what each stage is, README.md beside this what it leaves and which variables it heeds.
+# shellcheck disable=SC2054,SC2086,SC2329  # lists with commas; options without spaces; stages are called by name
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -8,20 +9,11 @@ ALL=(build tests sanitizer kernels step loader end_to_end cifar)
 # Seconds, 530 in all. What a stage leaves of its time the later ones may use; LIMIT_<stage> is kept to the second.
 declare -A LIMITS=([build]=90 [tests]=90 [sanitizer]=50 [kernels]=50 [step]=110 [loader]=45 [end_to_end]=35 [cifar]=60)
 
-refuse() {
-  echo "bench/gpu.sh: $*" >&2
-  exit 2
-}
-
-# The stages. Each runs in a bash of its own, in the repository, its output in its log; the first failure ends it unless
-# it says otherwise. QUICK and KIND are `--quick` and cpu in a rehearsal, and else nothing and cuda. QUICK and STEP are
-# options, none with a space in it.
-# shellcheck disable=SC2086
+# The stages, each in a bash of its own; what fails ends one, unless it says otherwise. In a rehearsal KIND is cpu, and
+# QUICK is --quick; else cuda, and empty.
 
 stage_build() {
-  if [ "$KIND" = cuda ]; then
-    TORCH_CUDA_ARCH_LIST=$CAPABILITY "$PYTHON" setup.py build_ext --inplace
-  fi
+  if [ "$KIND" = cuda ]; then TORCH_CUDA_ARCH_LIST=$CAPABILITY "$PYTHON" setup.py build_ext --inplace; fi
   "$PYTHON" -m synco_fast doctor
 }
 
@@ -32,18 +24,17 @@ stage_tests() {
     "$WORK/$name" || code=$?
   done
   "$PYTHON" -m pytest -rs tests/ops/test_cuda.py tests/data/test_cuda_view.py || code=$?
-  # Triton compiles hundreds of kernels, for which the machine's cores are there.
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi # Triton compiles hundreds of kernels
   "$PYTHON" -m pytest -rs "${workers[@]}" tests/ops/test_triton*.py || code=$?
   return "$code"
 }
 
 # A few tests: each width with all kinds, the one with guarded memory, and views. Without PyTorch's cache of memory,
-# memcheck sees the end of each tensor, and not of a block of them. Everything is many times slower: no other time limit.
+# memcheck sees the end of each tensor, and not of a block of them. All is many times slower: no other time limit.
 stage_sanitizer() {
   local code=0
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$(dirname "$NVCC")/compute-sanitizer" --tool "$tool" --error-exitcode 9 \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
       "$PYTHON" -m pytest -o timeout=0 -o faulthandler_timeout=0 tests/ops/test_cuda.py tests/data/test_cuda_view.py \
       -k "exact_arithmetic and 37 and all and not strong or leaks and not triton or random_views and 64" || code=$?
   done
@@ -51,11 +42,9 @@ stage_sanitizer() {
 }
 
 stage_kernels() {
-  if [ "$KIND" = cuda ]; then
-    "$PYTHON" -m bench.kernels --device cuda --seconds 15 --output "$ROWS"
-  else
-    "$PYTHON" -m bench.kernels --device cpu --quick --no-memory --only moco_eager,published,cpu --output "$ROWS"
-  fi
+  local options=(--seconds 15)
+  if [ -n "$QUICK" ]; then options=(--quick --no-memory --only moco_eager,published,cpu); fi
+  "$PYTHON" -m bench.kernels --device "$KIND" "${options[@]}" --output "$ROWS"
 }
 
 stage_step() {
@@ -64,102 +53,99 @@ stage_step() {
 }
 
 stage_loader() {
-  local sizes=(--rounds 3 --batches 20)
-  if [ -n "$QUICK" ]; then sizes=(--rounds 1 --batches 2 --batch 8 --size 32); fi
-  local folder
-  folder=$(images "$DATA" data)
-  "$PYTHON" -m bench.loader --data "$folder" --device "$KIND" "${sizes[@]}" \
+  local options=(--rounds 3 --batches 20)
+  if [ -n "$QUICK" ]; then options=(--rounds 1 --batches 2 --batch 8 --size 32); fi
+  unpack "$DATA" data
+  "$PYTHON" -m bench.loader --data "$FOLDER" --device "$KIND" "${options[@]}" \
     --only synco_fast,torchvision,dali_chain,read_decode --output "$ROWS"
 }
 
 stage_end_to_end() {
-  local folder
-  folder=$(images "$DATA" data)
-  "$PYTHON" -m bench.step $STEP --data "$folder" --output "$ROWS"
+  unpack "$DATA" data
+  "$PYTHON" -m bench.step $STEP --data "$FOLDER" --output "$ROWS"
 }
 
 stage_cifar() {
-  local folder
-  folder=$(images "$CIFAR" cifar)
-  "$PYTHON" -m bench.cifar --data "$folder" --device "$KIND" --method "$METHOD" --epochs "$EPOCHS" $QUICK --output "$ROWS"
+  unpack "$CIFAR" cifar
+  "$PYTHON" -m bench.cifar --data "$FOLDER" --device "$KIND" --method "$METHOD" --epochs "$EPOCHS" \
+    $QUICK --output "$ROWS"
 }
 
-# images FOLDER-OR-ARCHIVE NAME: the folder of images; an archive is unpacked once. A flat archive, which holds a few hundred
-# images, is there 16 times over, by links, or it would be smaller than a batch.
-images() {
-  local to=$WORK/$2
-  if [ ! -f "$1" ]; then
-    echo "$1"
-    return
-  fi
-  if [ ! -d "$to" ]; then
-    rm -rf "$to.part" && mkdir -p "$to.part/01"
-    "$PYTHON" -m tarfile -e "$1" "$to.part/01" >&2
-    if [ -z "$(find "$to.part/01" -mindepth 1 -type d -print -quit)" ]; then
-      for copy in {02..16}; do cp -al "$to.part/01" "$to.part/$copy"; done
-    else
-      mv "$to.part/01"/* "$to.part" && rm -rf "$to.part/01"
+# unpack FOLDER-OR-ARCHIVE NAME: sets FOLDER to the folder of images; an archive is unpacked once. What a flat archive
+# holds is there 16 times over, as links: a few hundred images are less than a batch.
+unpack() {
+  FOLDER=$1
+  if [ ! -f "$1" ]; then return; fi
+  FOLDER=$WORK/$2
+  if [ ! -d "$FOLDER" ]; then
+    rm -rf "$FOLDER.part" "$FOLDER.copies"
+    "$PYTHON" -m tarfile -e "$1" "$FOLDER.part"
+    if [ -z "$(find "$FOLDER.part" -mindepth 1 -type d -print -quit)" ]; then
+      mkdir "$FOLDER.copies"
+      for copy in {01..16}; do cp -al "$FOLDER.part" "$FOLDER.copies/$copy"; done
+      rm -rf "$FOLDER.part" && mv "$FOLDER.copies" "$FOLDER.part"
     fi
-    mv "$to.part" "$to"
+    mv "$FOLDER.part" "$FOLDER"
   fi
-  local inside=("$to"/*)
-  if [ "${#inside[@]}" = 1 ]; then echo "${inside[0]}"; else echo "$to"; fi
+  local inside=("$FOLDER"/*)
+  if [ "${#inside[@]}" = 1 ]; then FOLDER=${inside[0]}; fi
 }
 
-# What is asked for.
+# What is asked for, and where.
+
+refuse() { echo "bench/gpu.sh: $*" >&2 && exit 2; }
 
 read -ra ASKED <<<"$(tr ',\n' '  ' <<<"${STAGES:-}")"
 for stage in "${ASKED[@]}"; do
   [[ " ${ALL[*]} " = *" $stage "* ]] || refuse "unknown stage '$stage' in STAGES: expected some of ${ALL[*]}"
 done
-PYTHON=$(command -v "${PYTHON:-python3}") || refuse "there is no Python called '$PYTHON'; name one with PYTHON="
-OUT=$(realpath -m "${OUT:-bench/results/gpu-$(date +%F)}")
-METHOD=${METHOD:-synco} DATA=${DATA:-} CIFAR=${CIFAR:-} DRY_RUN=${DRY_RUN:-}
+METHOD=${METHOD:-synco} DATA=${DATA:-} CIFAR=${CIFAR:-} EPOCHS=${EPOCHS:-10} KIND=cuda QUICK='' CAPABILITY=''
+[[ $METHOD =~ ^(moco|mochi|synco)$ ]] || refuse "METHOD=$METHOD: expected moco, mochi or synco"
+[[ $EPOCHS =~ ^[1-9][0-9]*$ ]] || refuse "EPOCHS=$EPOCHS: expected a number above 0"
+command -v "${PYTHON:=python3}" >/dev/null || refuse "there is no Python called '$PYTHON'; name one with PYTHON="
 NVCC=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
-NVCC=$(realpath "${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}")
-PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-export PYTHON PYTHONPATH PYTHONUNBUFFERED METHOD DATA CIFAR NVCC
+NVCC=$(realpath -m "${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}")
+SANITIZER=$(command -v compute-sanitizer || echo "${NVCC%/*}/compute-sanitizer")
+PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 STEP="--device cuda --precision bf16 --seconds 20"
 WORK=$(mktemp -d)
+export PYTHON PYTHONPATH PYTHONUNBUFFERED METHOD DATA CIFAR EPOCHS KIND QUICK STEP CAPABILITY NVCC SANITIZER WORK
 trap 'rm -rf "$WORK"' EXIT
-if [ -n "$DRY_RUN" ]; then
-  KIND=cpu QUICK=--quick EPOCHS=${EPOCHS:-1} STEP="--device cpu --quick" CAPABILITY=none
+if [ -n "${DRY_RUN:-}" ]; then
+  KIND=cpu QUICK=--quick EPOCHS=1 STEP="--device cpu --quick"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads that wait for busy cores take minutes
   "$PYTHON" -c 'import pathlib, sys; from synco_fast.data.procedural import write_demo_set
 write_demo_set(pathlib.Path(sys.argv[1]), train=100, val=20)' "$WORK/generated"
-  DATA=${DATA:-$WORK/generated} CIFAR=${CIFAR:-$WORK/generated}
+  DATA=${DATA:-$WORK/generated} CIFAR=${CIFAR:-$WORK/generated} OUT=${OUT:-runs/gpu-rehearsal-$(date +%F)}
 else
-  KIND=cuda QUICK='' EPOCHS=${EPOCHS:-10} STEP="--device cuda --precision bf16 --seconds 20"
   CAPABILITY=$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")' 2>"$WORK/said") ||
-    refuse "no GPU: $(tail -n 1 "$WORK/said"); DRY_RUN=1 rehearses it all on the CPU"
+    refuse "no GPU: $(tail -n 1 "$WORK/said") -- DRY_RUN=1 rehearses it all on the CPU"
 fi
 NAME=$("$PYTHON" -c 'import sys; from bench.measure import device_name; print(device_name(sys.argv[1]))' "$KIND")
-VERSIONS=$("$PYTHON" -c 'import platform, torch; print("Python", platform.python_version(), "torch", torch.__version__)')
-export KIND QUICK EPOCHS CAPABILITY WORK STEP TMPDIR=$WORK
-mkdir -p "$OUT"
+OUT=$(realpath -m "${OUT:-bench/results/gpu-$(date +%F)}")
+mkdir -p "$OUT" && SUMMARY=$OUT/summary.txt
+if [ -f "$SUMMARY" ] && ! grep -qF " $NAME, " "$SUMMARY"; then
+  refuse "$OUT holds a run on another device than $NAME; choose another OUT="
+fi
 
 # What is done.
 
-export -f images "${ALL[@]/#/stage_}"
+export TMPDIR=$WORK
+export -f unpack "${ALL[@]/#/stage_}"
 begin=$SECONDS deadline=0 failed=0 broken='' child='' stage=''
 
-say() { # status, seconds, headline
-  printf '%-11s %-13s %4ss  %s\n' "$stage" "$@" | tee -a "$OUT/summary.txt"
-}
-
-was_ok() {
-  [ -f "$OUT/summary.txt" ] && [ "$(awk -v s="$1" '$1 == s {last = $2} END {print last}' "$OUT/summary.txt")" = ok ]
-}
+say() { printf '%-11s %-13s %4ss  %s\n' "$stage" "$@" | tee -a "$SUMMARY"; } # status, seconds, headline
 
 why_not() {
   case $broken$1 in
     broken*) echo "build failed" ;;
     tests | sanitizer) if [ "$KIND" = cpu ]; then echo "no GPU"; fi ;;
-    loader | end_to_end) if [ -z "$DATA" ]; then echo "no DATA, which names a folder or an archive of images"; fi ;;
-    cifar) if [ -z "$CIFAR" ]; then echo "no CIFAR, which names a folder or an archive of CIFAR-10 as JPEG files"; fi ;;
+    loader | end_to_end) if [ -z "$DATA" ]; then echo "no DATA=, a folder or an archive of images"; fi ;;
+    cifar) if [ -z "$CIFAR" ]; then echo "no CIFAR=, a folder or an archive of CIFAR-10 as JPEG files"; fi ;;
   esac
 }
 
-pack_log() { # at most 8 files may lie in OUT: the logs of finished stages in one
-  tar -rf "$OUT/logs.tar" -C "$OUT" "$stage.log" && rm "$OUT/$stage.log"
+pack_log() { # a lent machine gives back 8 files, so the logs of finished stages are one
+  if tar -rf "$OUT/logs.tar" -C "$OUT" "$stage.log"; then rm "$OUT/$stage.log"; fi
 }
 
 stop() {
@@ -174,22 +160,21 @@ stop() {
 trap stop INT TERM HUP
 
 run() {
-  local own=LIMIT_$stage code=0 hollow='' text status
+  local own=LIMIT_$stage code=0 hollow='' status text took
   deadline=$((deadline + LIMITS[$stage]))
   local seconds=$((deadline - (SECONDS - begin)))
   seconds=${!own:-$((seconds > 5 ? seconds : 5))}
   started=$SECONDS
-  rm -f "$OUT/$stage.jsonl" "$OUT/$stage.log"
+  rm -f "$OUT/$stage.jsonl"
   ROWS=$OUT/$stage.jsonl timeout --kill-after=10 "$seconds" \
     "$BASH" -c "set -euo pipefail; trap 'exit 143' TERM; stage_$stage" </dev/null >"$OUT/$stage.log" 2>&1 &
   child=$!
   wait "$child" || code=$?
-  child=''
-  local took=$((SECONDS - started))
+  child='' took=$((SECONDS - started))
   text=$("$PYTHON" -m bench.headline "$stage" "$OUT" "$KIND" "$NAME" "$code") || hollow=yes
   status="failed ($code)"
-  if [ "$code" = 124 ] || [ "$code$((took >= seconds))" = 1371 ]; then status="timed out"; fi
   if [ "$code$hollow" = 0 ]; then status=ok; fi
+  if ((code == 124 || (code == 137 && took >= seconds))); then status="timed out"; fi
   say "$status" "$took" "$text"
   if [ "$status" != ok ]; then
     failed=1
@@ -199,19 +184,16 @@ run() {
   pack_log
 }
 
-echo "# $(date +%FT%T) $NAME, $VERSIONS, $(git describe --always --dirty 2>/dev/null || echo no git)" | tee -a "$OUT/summary.txt"
+echo "# $(date +%FT%T) $NAME, $(git describe --always --dirty 2>/dev/null || echo no git)" | tee -a "$SUMMARY"
 for stage in "${ALL[@]}"; do
-  if [ "${#ASKED[@]}" = 0 ] && was_ok "$stage"; then
+  last=$(awk -v stage="$stage" '$1 == stage {last = $2} END {print last}' "$SUMMARY")
+  if [ "${#ASKED[@]}$last" = 0ok ]; then
     echo "$stage: ok in an earlier run; STAGES=$stage runs it again"
   elif [ "${#ASKED[@]}" = 0 ] || [[ " ${ASKED[*]} " = *" $stage "* ]]; then
     reason=$(why_not "$stage")
-    if [ -n "$reason" ]; then
-      printf '%-11s skipped: %s\n' "$stage" "$reason" | tee -a "$OUT/summary.txt"
-    else
-      run
-    fi
+    if [ -z "$reason" ]; then run; else printf '%-11s skipped: %s\n' "$stage" "$reason" | tee -a "$SUMMARY"; fi
   fi
 done
-echo "=== $OUT/summary.txt, after $((SECONDS - begin)) s"
-tac "$OUT/summary.txt" | awk '!seen[$1]++' | tac
+echo "=== $SUMMARY, after $((SECONDS - begin)) s"
+tac "$SUMMARY" | awk '!seen[$1 == "#" ? $0 : $1]++' | tac
 exit "$failed"

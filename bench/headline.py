@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-_WIDTH = 110
+_WIDTH = 100
 _LISTED = 3
 
 
@@ -41,11 +41,14 @@ def tests(log: str, device: str) -> str:
 
 
 def sanitizer(log: str, device: str) -> str:
-    """What each tool counted."""
-    found = re.findall(r"^=+ (ERROR SUMMARY: \d+ errors?|RACECHECK SUMMARY: \d+ hazards?)", log, re.MULTILINE)
-    if len(found) < 2:
-        raise Hollow(f"{len(found)} of 2 tools came to an end")
-    return "; ".join([line.lower() for line in found] + [_pytest(log)])
+    """What each tool counted, in all the processes that it watched."""
+    said = []
+    for tool, summary in (("memcheck", "ERROR SUMMARY: {} error"), ("racecheck", "RACECHECK SUMMARY: {} hazard")):
+        counts = re.findall(rf"^=+ {summary.format('([0-9]+)')}", log, re.MULTILINE)
+        if not counts:
+            raise Hollow(f"{tool} did not come to an end")
+        said.append(f"{tool} {sum(map(int, counts))}")
+    return f"{', '.join(said)} findings; {_pytest(log)}"
 
 
 def _pytest(log: str) -> str:
@@ -113,7 +116,8 @@ def headline(stage: str, folder: Path, device: str, name: str) -> str:
     if stage in FROM_LOG:
         return FROM_LOG[stage]((folder / f"{stage}.log").read_text(encoding="utf-8", errors="replace"), device)
     path = folder / f"{stage}.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]  # the last may be half a row
+    rows: list[Row] = [json.loads(line) for line in lines]
     if not rows:
         raise Hollow("no rows")
     for row in rows:
