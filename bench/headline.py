@@ -13,7 +13,6 @@ from typing import Any
 
 Row = dict[str, Any]
 _WIDTH = 100
-_LISTED = 3
 
 
 class Hollow(Exception):
@@ -21,7 +20,7 @@ class Hollow(Exception):
 
 
 def build(log: str, device: str) -> str:
-    """From what `synco-fast doctor` said: the backends and the augmentation, of which the device's own must be there."""
+    """The backends and the augmentation, as `synco-fast doctor` has them; the device's own must be there."""
     wanted = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}[device]
     said = dict(re.findall(r"^  (cpu|cuda|triton|compiled, \w+) +(\S.*)$", log, re.MULTILINE))
     for name in wanted:
@@ -66,8 +65,7 @@ def kernels(rows: list[Row], device: str) -> str:
     times = {(row["contender"], row["setting"]): row["median_ms"] for row in rows}
     ours = times.get((device, "synco"))
     if ours is None:
-        reasons = [row["skipped"] for row in rows if row["contender"] == device and "skipped" in row]
-        raise Hollow(f"backend {device} was not timed: {(reasons or ['it has no row'])[0]}")
+        raise Hollow(_not_timed(rows, device))
     said = f"{device} synco {ours:.3g} ms"
     for baseline, name in ((("moco_eager", "moco"), "MoCo's"), (("published", "synco"), "published's")):
         if times.get(baseline):
@@ -75,15 +73,23 @@ def kernels(rows: list[Row], device: str) -> str:
     return said
 
 
-def rates(rows: list[Row], device: str) -> str:
-    """Images a second of the first rows that have them."""
-    if any(row.get("augmentation", "compiled") != "compiled" for row in rows):
-        raise Hollow("plain torch made the views")
-    found = [(row["contender"], row["images_per_second"]) for row in rows if row.get("images_per_second")]
-    if not found:
-        reasons = [str(row["skipped"]) for row in rows if row.get("skipped")]
-        raise Hollow((reasons or ["no row has images_per_second"])[0])
-    return ", ".join(f"{name} {rate:.0f}" for name, rate in found[:_LISTED]) + " images/s"
+def rates(*names: str) -> Callable[[list[Row], str], str]:
+    """Images a second of these contenders, the first of which must be among them."""
+
+    def said(rows: list[Row], device: str) -> str:
+        found = {row["contender"]: row["images_per_second"] for row in rows if row.get("images_per_second")}
+        if names[0] not in found:
+            raise Hollow(_not_timed(rows, names[0]))
+        if device == "cuda" and any(row.get("augmentation", "compiled") != "compiled" for row in rows):
+            raise Hollow("plain torch made the views")
+        return ", ".join(f"{name} {found[name]:.0f}" for name in names if name in found) + " images/s"
+
+    return said
+
+
+def _not_timed(rows: list[Row], contender: str) -> str:
+    reasons = [str(row["skipped"]) for row in rows if row["contender"] == contender and row.get("skipped")]
+    return f"{contender} was not timed: {(reasons or ['it has no row'])[0]}"
 
 
 def cifar(rows: list[Row], device: str) -> str:
@@ -100,9 +106,9 @@ def cifar(rows: list[Row], device: str) -> str:
 FROM_LOG: dict[str, Callable[[str, str], str]] = {"build": build, "tests": tests, "sanitizer": sanitizer}
 FROM_ROWS: dict[str, Callable[[list[Row], str], str]] = {
     "kernels": kernels,
-    "step": rates,
-    "loader": rates,
-    "end_to_end": rates,
+    "step": rates("synco", "moco_eager", "published"),
+    "loader": rates("synco_fast", "torchvision", "dali_chain"),
+    "end_to_end": rates("synco_from_files", "synco"),
     "cifar": cifar,
 }
 

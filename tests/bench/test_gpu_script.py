@@ -125,13 +125,19 @@ LOADED = {"contender": "synco_fast", "images_per_second": 4000.4, "augmentation"
     ("stage", "rows", "is_success", "expected"),
     [
         ("kernels", [MEASURED, MOCO], True, "cuda synco 0.5 ms, 0.5 of MoCo's"),
-        ("kernels", [ABSENT, MOCO], False, "backend cuda was not timed: no nvcc"),
+        ("kernels", [ABSENT, MOCO], False, "cuda was not timed: no nvcc"),
         ("kernels", [MEASURED, MOCO | {"device": "CPU"}], False, "a row is of CPU, not of GPU"),
         ("kernels", [], False, "no rows"),
+        ("loader", [LOADED | {"contender": "torchvision"}], False, "synco_fast was not timed: it has no row"),
         ("loader", [LOADED], True, "synco_fast 4000 images/s"),
         ("loader", [LOADED | {"augmentation": "plain"}], False, "plain torch made the views"),
         ("loader", [{"contender": "synco_fast", "images_per_second": 4000.4}], False, "a row is of None, not of GPU"),
-        ("step", [{"contender": "moco", "skipped": "out of memory", "device": "GPU"}], False, "out of memory"),
+        (
+            "step",
+            [{"contender": "synco", "skipped": "out of memory", "device": "GPU"}],
+            False,
+            "synco was not timed: out of memory",
+        ),
     ],
 )
 def test_headlines_from_rows(
