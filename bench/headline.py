@@ -141,7 +141,8 @@ def main() -> int:
         said, hollow = str(error), True
     if code != "0" and (hollow or stage in FROM_ROWS):
         lines = (Path(folder) / f"{stage}.log").read_text(encoding="utf-8", errors="replace").split("\n")
-        said = "; ".join(([] if hollow else [said]) + [line.strip() for line in lines if line.strip()][-1:])
+        last = [line.strip() for line in lines if line.strip() not in ("", "Terminated")][-1:]
+        said = "; ".join(([] if hollow else [said]) + last)
     print(said if len(said) <= _WIDTH else said[: _WIDTH - 3] + "...")
     return int(hollow)
 
