@@ -113,8 +113,8 @@ trap 'rm -rf "$WORK"' EXIT
 if [ -n "${DRY_RUN:-}" ]; then
   KIND=cpu QUICK=--quick EPOCHS=1 STEP="--device cpu --quick"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads that wait for busy cores take minutes
-  "$PYTHON" -c 'import pathlib, sys; from synco_fast.data.procedural import write_demo_set
-write_demo_set(pathlib.Path(sys.argv[1]), train=100, val=20)' "$WORK/generated"
+  [ -n "$DATA" ] && [ -n "$CIFAR" ] || "$PYTHON" -c 'import pathlib, sys; from synco_fast.data import procedural
+procedural.write_demo_set(pathlib.Path(sys.argv[1]), train=100, val=20)' "$WORK/generated"
   DATA=${DATA:-$WORK/generated} CIFAR=${CIFAR:-$WORK/generated} OUT=${OUT:-runs/gpu-rehearsal-$(date +%F)}
 else
   CAPABILITY=$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")' 2>"$WORK/said") ||
