@@ -103,9 +103,9 @@ METHOD=${METHOD:-synco} DATA=${DATA:-} CIFAR=${CIFAR:-} EPOCHS=${EPOCHS:-10} KIN
 [[ $METHOD =~ ^(moco|mochi|synco)$ ]] || refuse "METHOD=$METHOD: expected moco, mochi or synco"
 [[ $EPOCHS =~ ^[1-9][0-9]*$ ]] || refuse "EPOCHS=$EPOCHS: expected a number above 0"
 command -v "${PYTHON:=python3}" >/dev/null || refuse "there is no Python called '$PYTHON'; name one with PYTHON="
-NVCC=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
-NVCC=$(realpath -m "${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}")
-SANITIZER=$(command -v compute-sanitizer || echo "${NVCC%/*}/compute-sanitizer")
+NVCC=${CUDA_HOME:+$CUDA_HOME/bin/nvcc} TOOLKIT=${CUDA_HOME:-/usr/local/cuda}/bin
+NVCC=${NVCC:-$(command -v nvcc || echo "$TOOLKIT/nvcc")}
+SANITIZER=$(command -v compute-sanitizer || echo "$TOOLKIT/compute-sanitizer")
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 STEP="--device cuda --precision bf16 --steps 5 --seconds 15"
 WORK=$(mktemp -d)
 export PYTHON PYTHONPATH PYTHONUNBUFFERED METHOD DATA CIFAR EPOCHS KIND QUICK STEP CAPABILITY NVCC SANITIZER WORK

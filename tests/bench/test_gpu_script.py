@@ -1,5 +1,6 @@
 """bench/gpu.sh, rehearsed on the CPU: what fails, runs out of time or is stopped costs nothing but itself."""
 
+import argparse
 import json
 import os
 import re
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from bench import cifar
 from bench.headline import Hollow, headline
+from synco_fast.config import load
+from synco_fast.ops import KINDS
 from tests.conftest import REPOSITORY, environment
 
 SCRIPT = REPOSITORY / "bench" / "gpu.sh"
@@ -113,6 +117,28 @@ def session(pid: str) -> int | None:
         return os.getsid(int(pid))
     except ProcessLookupError:
         return None
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "counts", "warmup"),
+    [
+        ("moco", 1, (0, 0, 0, 0, 0, 0), 0),
+        ("mochi", 10, (32, 0, 256, 0, 0, 0), 0),
+        ("synco", 10, (64, 64, 64, 16, 16, 16), 0),
+        ("synco", 200, (64, 64, 64, 16, 16, 16), 10),
+    ],
+)
+def test_a_short_run_has_the_settings_of_the_long_one(
+    method: str, epochs: int, counts: tuple[int, ...], warmup: int, tmp_path: Path
+) -> None:
+    """The MoCo authors' demo on CIFAR-10; a quarter of the published negatives for a queue of 4096."""
+    options = argparse.Namespace(method=method, epochs=epochs, device="cuda", quick=False)
+    config = load(cifar.CONFIG, cifar.overrides(options, tmp_path))
+    demo = (config.queue.size, config.model.momentum, config.loss.temperature, config.data.batch_size, config.optim.lr)
+    assert demo == (4096, 0.99, 0.1, 512, 0.06)
+    assert tuple(getattr(config.negatives, kind) for kind in KINDS) == counts
+    assert (config.trainer.epochs, config.knn.every_epochs, config.negatives.warmup_epochs) == (epochs, epochs, warmup)
+    assert (config.loss.backend, config.data.augmentation, config.trainer.device) == ("cuda", "compiled", "cuda")
 
 
 MEASURED = {"contender": "cuda", "setting": "synco", "median_ms": 0.5, "device": "GPU"}
