@@ -92,7 +92,6 @@ unpack() {
 }
 
 # What is asked for, and where.
-
 refuse() { echo "bench/gpu.sh: $*" >&2 && exit 2; }
 
 read -ra ASKED <<<"$(tr ',\n' '  ' <<<"${STAGES:-}")"
@@ -128,10 +127,9 @@ if [ -f "$SUMMARY" ] && ! grep -qF " $NAME, " "$SUMMARY"; then
 fi
 
 # What is done.
-
 export TMPDIR=$WORK
 export -f unpack "${ALL[@]/#/stage_}"
-begin=$SECONDS deadline=0 failed=0 broken='' child='' stage=''
+begin=$SECONDS deadline=$SECONDS failed=0 broken='' running='' stage=''
 
 say() { printf '%-11s %-13s %4ss  %s\n' "$stage" "$@" | tee -a "$SUMMARY"; } # status, seconds, headline
 
@@ -150,8 +148,11 @@ pack_log() { # a lent machine gives back 8 files, so the logs of finished stages
 
 stop() {
   trap '' INT TERM HUP
-  if [ -n "$child" ]; then
-    kill -TERM "$child" && wait "$child" || true
+  local child=${!:-} # even where the signal came before `run` could note it
+  if [ -n "$running" ] && [ -n "$child" ]; then
+    kill -TERM -- "-$child" 2>/dev/null || kill -TERM "$child" || true # timeout alone may forget whom it started
+    for _ in {1..50}; do if kill -0 -- "-$child" 2>/dev/null; then sleep 0.2; fi; done
+    kill -KILL -- "-$child" 2>/dev/null || kill -KILL "$child" 2>/dev/null || true
     say stopped "$((SECONDS - started))" "by a signal"
     pack_log
   fi
@@ -162,15 +163,14 @@ trap stop INT TERM HUP
 run() {
   local own=LIMIT_$stage code=0 hollow='' status text took
   deadline=$((deadline + LIMITS[$stage]))
-  local seconds=$((deadline - (SECONDS - begin)))
-  seconds=${!own:-$((seconds > 5 ? seconds : 5))}
-  started=$SECONDS
+  local seconds=${!own:-$((deadline - SECONDS > 5 ? deadline - SECONDS : 5))}
   rm -f "$OUT/$stage.jsonl"
+  started=$SECONDS running=yes
   ROWS=$OUT/$stage.jsonl timeout --kill-after=10 "$seconds" \
     "$BASH" -c "set -euo pipefail; trap 'exit 143' TERM; stage_$stage" </dev/null >"$OUT/$stage.log" 2>&1 &
-  child=$!
-  wait "$child" || code=$?
-  child='' took=$((SECONDS - started))
+  wait "$!" || code=$?
+  kill -KILL -- "-$!" 2>/dev/null || true # what is left of it would disturb the next
+  running='' took=$((SECONDS - started))
   text=$("$PYTHON" -m bench.headline "$stage" "$OUT" "$KIND" "$NAME" "$code") || hollow=yes
   status="failed ($code)"
   if [ "$code$hollow" = 0 ]; then status=ok; fi
