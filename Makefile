@@ -12,10 +12,10 @@ endif
 
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test lint stress clean distclean
+.PHONY: help setup demo test lint stress bench-gpu clean distclean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(VENV)/installed  ## build .venv (DALI=cuda13 for the CUDA 13 build, PYTHON=... for another Python)
 	@echo "$(VENV) is ready: make demo, or $(BIN)/synco-fast --help"
@@ -33,6 +33,10 @@ lint: $(VENV)/installed  ## check style, formatting and types
 
 stress: $(VENV)/installed  ## run the long reliability counts; an interrupted run resumes
 	$(BIN)/python -m tests.stress
+
+# Neither .venv nor network is needed: PYTHON if it is given, or else .venv's if it is there, or else python3.
+bench-gpu:  ## build, test and time everything on this GPU in 9 minutes (DRY_RUN=1 rehearses on the CPU)
+	@PYTHON='$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON))' bench/gpu.sh
 
 clean:  ## remove build products, compiled kernels too, and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info synco_fast/_*.so $(VENV)/installed .hypothesis .mypy_cache .pytest_cache .ruff_cache
