@@ -31,6 +31,13 @@ COLOURS = {
     "cpu": "#009e73",
     "triton": "#0072b2",
     "cuda": "#333333",
+    # Those of whole steps.
+    "moco_eager_split": "#b3b3b3",
+    "moco_compiled": "#cc79a7",
+    "vectorised": "#e69f00",
+    "moco": "#56b4e9",
+    "mochi": "#0072b2",
+    "synco": "#009e73",
 }
 _DASHES = {"moco": "--", "mochi": ":"}
 _MARKERS = {"moco": "o", "synco": "s", "mochi": "^"}

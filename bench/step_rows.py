@@ -1,7 +1,7 @@
 """The rows of bench.step: what each holds, how one is made from what was measured, and the table printed at the end."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bench.measure import Interval, paired_ratio, quantiles
 from bench.rows import Row, rounded
@@ -100,9 +100,10 @@ def measured(description: Row, timed: Timed, about: Row) -> Row:
     """A row of a contender that ran."""
     ms, batch = quantiles(timed.times), description["batch"]
     per_second = 1e3 * batch / ms.median
+    bases = {base: timed.bases.get(base) for base in BASES}
     ratios = {
-        f"ratio_to_{base}": _as_row(paired_ratio(timed.times, timed.bases[base])) if base in timed.bases else None
-        for base in BASES
+        f"ratio_to_{base}": None if times is None else _as_row(paired_ratio(timed.times, times))
+        for base, times in bases.items()
     }
     row = {
         **description,
@@ -129,7 +130,12 @@ def skipped(description: Row, reason: str, about: Row) -> Row:
     return {**dict.fromkeys(FIELDS), **description, "n": 0, **about, "skipped": reason}
 
 
-def _as_row(interval: Interval) -> dict[str, Any]:
+def ratio_of(row: Row, base: Row) -> Row:
+    """Of the speeds of two rows of one run, paired by rounds: {median, low, high}."""
+    return _as_row(paired_ratio(row["ms_of_each_round"], base["ms_of_each_round"]))
+
+
+def _as_row(interval: Interval) -> Row:
     return {name: rounded(value) for name, value in interval._asdict().items()}
 
 
@@ -172,7 +178,7 @@ def _block(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def ratio_text(ratio: dict[str, float] | None) -> str:
+def ratio_text(ratio: Row | None) -> str:
     """The median and its interval, or nothing."""
     return "" if ratio is None else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
