@@ -21,6 +21,12 @@ from synco_fast.errors import UserError
 
 _DEVICES = (1, 4, 8)
 _ABLATED = "synco "
+_MAIN = (
+    *("contender", "images/s", "ms a step", "/ plain MoCo", "/ our MoCo", "peak memory", "MFU"),
+    f"hours for {step_rows.EPOCHS} epochs of {step_rows.IMAGENET_IMAGES:,} such images on "
+    f"{', '.join(map(str, _DEVICES))} such devices, if it scaled perfectly",
+)
+_ABLATION = ("changed", "images/s", "ms a step", "/ synco", "peak memory")
 
 Run = list[Row]
 """Rows of one run at one batch, ablations and contenders that could not run included."""
@@ -50,16 +56,10 @@ def markdown(run: Run) -> str:
     ablated = [row for row in run if row["contender"].startswith(_ABLATED)]
     plain = [row for row in run if row not in ablated]
     if plain:
-        days = ", ".join(f"{devices}" for devices in _DEVICES)
-        header = ("contender", "images/s", "ms a step", "/ plain MoCo", "/ our MoCo", "peak memory", "MFU")
-        hours = (
-            f"hours for {step_rows.EPOCHS} epochs of ImageNet's images on {days} such devices, if it scaled perfectly"
-        )
-        parts.append(_table((*header, hours), [_main_cells(row) for row in plain]))
+        parts.append(_table(_MAIN, [_main_cells(row) for row in plain]))
     if ablated:
         base = [row for row in run if row["contender"] == "synco"]
-        header = ("changed", "images/s", "ms a step", "images/s / synco", "peak memory")
-        parts.append(_table(header, [_ablation_cells(row, base) for row in [*base, *ablated]]))
+        parts.append(_table(_ABLATION, [_ablation_cells(row, base) for row in [*base, *ablated]]))
     return "\n\n".join(parts)
 
 
@@ -187,7 +187,7 @@ def _is_ablation(row: Row) -> bool:
 
 
 def _titled(figure: Figure, run: Run) -> Figure:
-    text = f"{_what(run)}; torch {run[0]['versions']['torch']}, {run[0]['commit']}, {run[0]['date'][:10]}"
+    text = f"{_what(run)}\ntorch {run[0]['versions']['torch']}, {run[0]['commit']}, {run[0]['date'][:10]}"
     figure.suptitle(text, x=0.01, ha="left", fontsize=8.5, color="#555555")
     return figure
 
