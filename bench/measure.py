@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 _FLUSH_BYTES = 2**28
 _FLUSHES = 16
 _MIN_ROUNDS = 3
-_RESAMPLES = 10_000
+_RESAMPLES = 4000
 
 
 class Peaks(NamedTuple):
@@ -58,7 +58,7 @@ def paired_ratio(times: Sequence[float], base: Sequence[float]) -> Interval:
 
 
 def resampled_medians(values: Sequence[float], seed: int) -> Tensor:
-    """Medians (10000,) float64 of the values drawn anew, as many and with replacement (Efron's bootstrap)."""
+    """Medians (4000,) float64 of the values drawn anew, as many and with replacement (Efron's bootstrap)."""
     drawn = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(values, dtype=torch.float64)[drawn].quantile(0.5, dim=1)
 
