@@ -1,12 +1,14 @@
-"""Time, and the device's peaks: what it can do at best, against which times are judged."""
+"""Time, its ratios, and the device's peaks: what it can do at best, against which times are judged."""
 
 import gc
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from bench.case import DTYPES
 from synco_fast.machine import cpu_name
@@ -16,6 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 _FLUSH_BYTES = 2**28
 _FLUSHES = 16
 _MIN_ROUNDS = 3
+_RESAMPLES = 4000
 
 
 class Peaks(NamedTuple):
@@ -40,8 +43,39 @@ def quantiles(times: Sequence[float]) -> Quantiles:
     return Quantiles(median, p20, p80, len(times))
 
 
+class Interval(NamedTuple):
+    """A median, and where it lies with a probability of 95%."""
+
+    median: float
+    low: float
+    high: float
+
+
+def paired_ratio(times: Sequence[float], base: Sequence[float]) -> Interval:
+    """Of speeds, base / time, within each round: the median over rounds, and its interval by the bootstrap."""
+    ratios = [of_base / of_this for of_this, of_base in zip(times, base, strict=True)]
+    return interval(quantiles(ratios).median, resampled_medians(ratios, seed=0))
+
+
+def resampled_medians(values: Sequence[float], seed: int) -> Tensor:
+    """Medians (4000,) float64 of the values drawn anew, as many and with replacement (Efron's bootstrap)."""
+    drawn = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(values, dtype=torch.float64)[drawn].quantile(0.5, dim=1)
+
+
+def interval(median: float, resampled: Tensor) -> Interval:
+    """By percentiles of what was drawn anew."""
+    return Interval(median, float(resampled.quantile(0.025)), float(resampled.quantile(0.975)))
+
+
 def interleaved(
-    steps: dict[Key, Callable[[], Any]], device: str, *, warm_up: int, rounds: int, seconds: float
+    steps: dict[Key, Callable[[], Any]],
+    device: str,
+    *,
+    warm_up: int,
+    rounds: int,
+    seconds: float,
+    around: Mapping[Key, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> dict[Key, list[float]]:
     """Milliseconds of each step in each round.
 
@@ -49,11 +83,13 @@ def interleaved(
     them, and none always runs after the same other. Rounds end early once `seconds` are over, but not before three.
     On a GPU the device is idle, then busy emptying its L2 cache for about a millisecond, and events on the stream take
     the time of what follows. So the host has that head start, as it has in training where nothing makes it wait: only
-    a step that takes the host longer is charged for launching it.
+    a step that takes the host longer is charged for launching it. `around` makes what a step runs within, untimed.
     """
+    within = around or {}
     for _ in range(warm_up):
-        for step in steps.values():
-            step()
+        for key, step in steps.items():
+            with within.get(key, nullcontext)():
+                step()
     once = _once_on_gpu if device == "cuda" else _once_on_cpu
     times: dict[Key, list[float]] = {key: [] for key in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
@@ -66,7 +102,8 @@ def interleaved(
                 break
             shuffle(order)
             for key in order:
-                times[key].append(once(steps[key]))
+                with within.get(key, nullcontext)():
+                    times[key].append(once(steps[key]))
     finally:
         gc.enable()
     return times

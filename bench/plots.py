@@ -22,7 +22,7 @@ from synco_fast.errors import UserError
 from synco_fast.ops import KINDS
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = {
+COLOURS = {
     "moco_eager": "#8c8c8c",
     "published": "#d55e00",
     "published_vectorised": "#e69f00",
@@ -31,6 +31,13 @@ _COLOURS = {
     "cpu": "#009e73",
     "triton": "#0072b2",
     "cuda": "#333333",
+    # Those of whole steps.
+    "moco_eager_split": "#b3b3b3",
+    "moco_compiled": "#cc79a7",
+    "vectorised": "#e69f00",
+    "moco": "#56b4e9",
+    "mochi": "#0072b2",
+    "synco": "#009e73",
 }
 _DASHES = {"moco": "--", "mochi": ":"}
 _MARKERS = {"moco": "o", "synco": "s", "mochi": "^"}
@@ -44,7 +51,7 @@ _AXES = {
     "dim": "dimension D",
     "counts": "synthetic negatives, in multiples of SynCo's",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -78,7 +85,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     named = {f"{sweep}-{_slug(run)}": run for (*_, sweep), run in sorted(runs.items(), key=lambda item: item[0][2])}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, run in named.items():
             figures: dict[str, Callable[[Sequence[Row]], Figure]] = {name: scaling}
             if run[0]["sweep"] == "default":
@@ -100,7 +107,7 @@ def bars(rows: Sequence[Row]) -> Figure:
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     positions = range(len(rows))
     look: Any = {
-        "color": [_COLOURS.get(row["contender"], "#333333") for row in rows],
+        "color": [COLOURS.get(row["contender"], "#333333") for row in rows],
         "hatch": [_HATCHES[_place(row, rows)] for row in rows],
         "edgecolor": "white",
     }
@@ -113,7 +120,7 @@ def bars(rows: Sequence[Row]) -> Figure:
     time.barh(positions, ratios, xerr=spread, error_kw={"lw": 0.9, "ecolor": "#555555"}, **look)
     ends = [ratio + above for ratio, above in zip(ratios, spread[1], strict=True)]
     for at, (ratio, end, row) in enumerate(zip(ratios, ends, rows, strict=True)):
-        _note(time, end, at, f"{ratio:.2f}  ({_number(row['median_ms'])} ms)")
+        note(time, end, at, f"{ratio:.2f}  ({number_text(row['median_ms'])} ms)")
     time.set(xlim=(0, 1.3 * max(ends)), yticks=positions, yticklabels=[_label(row, rows) for row in rows])
     time.set_title("forward + backward (bar: median; line: p20 to p80)")
     time.invert_yaxis()
@@ -124,7 +131,7 @@ def bars(rows: Sequence[Row]) -> Figure:
         memory.barh(positions, [(value or 0) / reference for value in extra], **look)
         for at, value in enumerate(extra):
             if value is not None:
-                _note(memory, value / reference, at, f"{value / reference:.2f}  ({_number(value / 1e6)} MB)")
+                note(memory, value / reference, at, f"{value / reference:.2f}  ({number_text(value / 1e6)} MB)")
         memory.set_xlim(0, 1.4 * max(value or 0 for value in extra) / reference)
         memory.set_title("peak memory of a step")
     else:
@@ -137,7 +144,7 @@ def bars(rows: Sequence[Row]) -> Figure:
     return _titled(figure, rows, ("B", "K", "D", "N", "t"))
 
 
-def _note(ax: Axes, x: float, y: float, text: str) -> None:
+def note(ax: Axes, x: float, y: float, text: str) -> None:
     """A number right of a bar's end, legible over the grid."""
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
     ax.annotate(text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8, bbox=paper)
@@ -186,14 +193,14 @@ def kinds(rows: Sequence[Row]) -> Figure:
             if row is not None:
                 added = row["median_ms"] - moco.get(contender, base["median_ms"])
                 place = at + (number - (len(contenders) - 1) / 2) * width
-                look: Any = {"color": _COLOURS.get(row["contender"], "#333333"), "hatch": _HATCHES[_place(row, rows)]}
+                look: Any = {"color": COLOURS.get(row["contender"], "#333333"), "hatch": _HATCHES[_place(row, rows)]}
                 label = contender if at == 0 else None
                 ax.bar(place, added, 0.92 * width, edgecolor="white", label=label, **look)
     counts = {row["setting"]: sum(row["counts"]) for row in rows}
     ax.set_xticks(range(len(shown)), [f"{kind}\n{counts[kind]} vectors" for kind in shown])
     ax.axhline(0, color="#777777", lw=0.8)
     ax.grid(axis="x", visible=False)
-    ax.set_title(f"ms that one kind adds to MoCo ({_number(base['median_ms'])} ms in plain PyTorch)")
+    ax.set_title(f"ms that one kind adds to MoCo ({number_text(base['median_ms'])} ms in plain PyTorch)")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _titled(figure, rows, ("B", "K", "D", "N", "t"))
 
@@ -210,11 +217,11 @@ def roofline(rows: Sequence[Row]) -> Figure:
     for peak, dtype in peaks.items():
         ridge = peak / bandwidth
         ax.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#555555", lw=1.2, zorder=1)
-        text = f"{_number(peak / 1e9)} GFLOP/s, measured" + (f" in {dtype}" if len(peaks) > 1 else "")
+        text = f"{number_text(peak / 1e9)} GFLOP/s, measured" + (f" in {dtype}" if len(peaks) > 1 else "")
         side, place = ("bottom", 1.15 * peak) if peak == max(peaks) else ("top", peak / 1.15)
         ax.text(right, place, text, ha="right", va=side, fontsize=8)
     middle = (left * min(peaks) / bandwidth) ** 0.5
-    text = f"{_number(bandwidth / 1e9)} GB/s, measured"
+    text = f"{number_text(bandwidth / 1e9)} GB/s, measured"
     ax.text(1.15 * middle, 0.95 * middle * bandwidth, text, va="top", fontsize=8)
     for row, intensity, rate in zip(rows, intensities, rates, strict=True):
         style = _style(row, rows)
@@ -230,7 +237,7 @@ def _scaled(ax: Axes, xs: Sequence[float], sweep: str) -> None:
     ax.set(yscale="log", xlabel=_AXES.get(sweep, sweep))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
     if sweep != "counts":
         ax.set_xscale("log", base=2)
         ax.xaxis.set_minor_locator(NullLocator())
@@ -261,14 +268,14 @@ def _place(row: Row, rows: Sequence[Row]) -> int:
 def _style(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     """Of points."""
     return {
-        "color": _COLOURS.get(row["contender"], "#333333"),
+        "color": COLOURS.get(row["contender"], "#333333"),
         "marker": _MARKERS.get(row["setting"], "o"),
         "fillstyle": _FILLS[_place(row, rows)],
         "label": _label(row, rows),
     }
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

@@ -51,7 +51,8 @@ median_ms. The peaks are those measured in the run with products of this dtype.
 """
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """To the 5 digits that a row keeps."""
     return float(f"{value:.5g}")
 
 
@@ -63,17 +64,17 @@ def measured(case: Case, times: Quantiles, extra: int | None, peaks: Peaks, abou
     row = {
         **about,
         **_described(case),
-        "median_ms": _rounded(times.median),
-        "p20_ms": _rounded(times.p20),
-        "p80_ms": _rounded(times.p80),
+        "median_ms": rounded(times.median),
+        "p20_ms": rounded(times.p20),
+        "p80_ms": rounded(times.p80),
         "n": times.n,
         "peak_extra_bytes": extra,
         "flops": flops,
         "bytes": moved,
-        "floor_ms": _rounded(floor),
-        "share_of_floor": _rounded(floor / times.median),
-        "peak_flops": _rounded(peaks.flops),
-        "peak_bandwidth": _rounded(peaks.bandwidth),
+        "floor_ms": rounded(floor),
+        "share_of_floor": rounded(floor / times.median),
+        "peak_flops": rounded(peaks.flops),
+        "peak_bandwidth": rounded(peaks.bandwidth),
     }
     return {field: row[field] for field in FIELDS}
 
@@ -104,21 +105,21 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
 
 
-def read(path: Path) -> list[Row]:
-    """A file's rows.
+def read(path: Path, fields: Sequence[str] = FIELDS, command: str = "bench.kernels") -> list[Row]:
+    """A file's rows, which must have these fields; `command` names in errors what writes such rows.
 
     Raises:
-        UserError: a line is not a row.
+        UserError: a line is not such a row.
     """
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            raise UserError(f"{path}, line {number}: not JSON; expected rows of python -m bench.kernels") from None
-        missing = [field for field in FIELDS if field not in row] if isinstance(row, dict) else list(FIELDS)
+            raise UserError(f"{path}, line {number}: not JSON; expected rows of python -m {command}") from None
+        missing = [field for field in fields if field not in row] if isinstance(row, dict) else list(fields)
         if missing:
-            raise UserError(f"{path}, line {number}: expected a row of python -m bench.kernels; no {missing[0]} in it")
+            raise UserError(f"{path}, line {number}: expected a row of python -m {command}; no {missing[0]} in it")
         rows.append(row)
     return rows
 
