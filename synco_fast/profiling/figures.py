@@ -71,7 +71,7 @@ def kinds(op: dict[str, Any]) -> str:
         ax.errorbar(medians, range(len(rows)), xerr=[below, above], fmt="o", color=BLUE, capsize=3, label="left out")
         clocked = [(row["clock_ms"], y) for y, row in enumerate(rows) if row["clock_ms"] is not None]
         if clocked:
-            ax.plot(*zip(*clocked, strict=True), "D", color=ORANGE, markersize=5, label="clock inside the op")
+            ax.plot(*zip(*clocked, strict=True), "D", color=ORANGE, markersize=5, label="clocks inside the op")
         ax.axvline(0, color=DARK, linewidth=0.8)
         ax.set_xlabel("ms of a call of the op")
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

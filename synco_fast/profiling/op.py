@@ -97,10 +97,17 @@ def measure(op: Operands, hard: HardNegatives, rounds: int) -> dict[str, Any]:
     kinds = []
     for kind in hard.kinds:
         left_out = difference(times[_ALL], times[kind])
-        clock = None if shares is None or kind not in shares else shares[kind] * whole["median_ms"]
+        own, clock = (None, None) if shares is None else _clocked(shares, hard, kind, whole["median_ms"])
         agrees = None if clock is None else left_out["low_ms"] <= clock <= left_out["high_ms"]
         kinds.append(
-            {"kind": kind, "count": hard.count(kind), "left_out": left_out, "clock_ms": clock, "agrees": agrees}
+            {
+                "kind": kind,
+                "count": hard.count(kind),
+                "left_out": left_out,
+                "own_phase_ms": own,
+                "clock_ms": clock,
+                "agrees": agrees,
+            }
         )
     return {
         "backend": op.backend,
@@ -114,6 +121,14 @@ def measure(op: Operands, hard: HardNegatives, rounds: int) -> dict[str, Any]:
         "no_phases_because": reason or None,
         "rounds_ns": times,
     }
+
+
+def _clocked(shares: dict[str, float], hard: HardNegatives, kind: str, whole: float) -> tuple[float, float]:
+    """Milliseconds of a kind's own phase, and with its part of the draws, by vectors, and of the parents, by rows."""
+    rows = {name: hard.count(name) * (2 if name == "mixed" else 1) for name in hard.kinds}
+    draws = shares.get("draws", 0.0) * hard.count(kind) / hard.total
+    parents = shares.get("parents", 0.0) * rows[kind] / sum(rows.values())
+    return whole * shares[kind], whole * (shares[kind] + draws + parents)
 
 
 def _call(op: Operands, hard: HardNegatives) -> Any:

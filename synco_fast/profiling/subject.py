@@ -43,7 +43,7 @@ class Subject:
 
 
 class Batches:
-    """Endless views for a process: of an index through the run's loader, or without one a random pair again and again."""
+    """Endless views for a process: of an index through the run's loader; without one, one random pair always."""
 
     def __init__(self, config: Config, processes: Processes, index: Index | None) -> None:
         self._close: Callable[[], None] | None = None

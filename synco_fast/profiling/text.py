@@ -10,8 +10,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits or more, no exponent."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    """Three significant digits, but never less than 100 ns."""
+    digits = next((digits for least, digits in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if abs(value) >= least), 4)
+    return f"{value:,.{digits}f}"
 
 
 def interval(difference: dict[str, Any]) -> str:
@@ -48,13 +49,13 @@ def stage_rows(step: dict[str, Any]) -> list[list[str]]:
 
 
 def kind_rows(op: dict[str, Any]) -> list[list[str]]:
-    """Header and kinds, then all of them together, selection and draws with them."""
-    rows = [["kind", "vectors", "left out: ms [95%]", "clock ms", "agree"]]
+    """Header and kinds, then all of them together, the selection of the hard set with them."""
+    rows = [["kind", "vectors", "left out: ms [95%]", "own phase ms", "with draws, parents", "agree"]]
     for row in op["kinds"]:
-        clock = "-" if row["clock_ms"] is None else milliseconds(row["clock_ms"])
-        rows.append([row["kind"], str(row["count"]), interval(row["left_out"]), clock, agreement(row)])
+        clocked = ["-" if row[key] is None else milliseconds(row[key]) for key in ("own_phase_ms", "clock_ms")]
+        rows.append([row["kind"], str(row["count"]), interval(row["left_out"]), *clocked, agreement(row)])
     total = str(sum(row["count"] for row in op["kinds"]))
-    return [*rows, ["all of them", total, interval(op["synthetic"]), "", ""]]
+    return [*rows, ["all of them", total, interval(op["synthetic"]), "", "", ""]]
 
 
 def phase_rows(result: dict[str, Any]) -> list[list[str]]:

@@ -15,7 +15,7 @@ class Numbers:
 
     Attributes:
         data_wait: waiting for the loader; None without one.
-        gpu_busy, host_busy: in which the GPU runs anything, and in which the host does not wait for data; None on a CPU.
+        gpu_busy, host_busy: in which the GPU runs anything and the host does not wait for data; None on a CPU.
         communication: between processes. op: the contrastive loss.
         peak: FLOP/s of the encoders' stages over those of a large matrix product in the same precision.
         precision: `trainer.precision`.
@@ -45,8 +45,8 @@ def judge(numbers: Numbers) -> Verdict:
     gpu_busy, host_busy = numbers.gpu_busy, numbers.host_busy
     if gpu_busy is not None and host_busy is not None and gpu_busy < GPU_BUSY and host_busy > HOST_BUSY:
         evidence = (
-            f"the GPU is at work in {gpu_busy:.1%} of the step (limit {GPU_BUSY:.0%}), while the host is busy launching "
-            f"in {host_busy:.1%} of it"
+            f"the GPU is at work in {gpu_busy:.1%} of the step (limit {GPU_BUSY:.0%}), while the host is busy "
+            f"launching in {host_busy:.1%} of it"
         )
         return Verdict("launch-bound", evidence, _LAUNCH)
     if numbers.communication > COMMUNICATION:
@@ -89,7 +89,7 @@ _OP = {
 }
 _MEMORY = {
     "trainer.precision": "bf16, where the device has instructions for it: half the bytes",
-    "speed.channels_last": "true",
+    "speed.channels_last": "true, the default",
     "speed.compile": "true: fused kernels pass over activations fewer times",
 }
 _COMPUTE = {
