@@ -24,7 +24,7 @@ from synco_fast.profiling.text import milliseconds
 
 _ROW, _MARGIN = 0.27, 0.75  # inches: a bar with its gap, and what the axis takes
 _ROOM = 1.22  # to the right of the longest bar, for its label
-_WIDE = 0.07  # of the axis: what a stage must take to be named in it
+_LETTER = 0.0085  # of the axis: the width of a letter of a stage's name
 _MIB = 2**20
 _STAGE_COLOURS = {
     "data wait": VERMILLION,
@@ -42,7 +42,12 @@ def stages(step: dict[str, Any]) -> str:
     rows = step["stages"]
     with matplotlib.rc_context(STYLE):
         labels = {name: f"{milliseconds(row['median_ms'])} ms, {row['share']:.1%}" for name, row in rows.items()}
-        figure, ax = _bars({name: row["median_ms"] for name, row in rows.items()}, labels, _STAGE_COLOURS)
+        figure, ax = _bars(
+            {name: row["median_ms"] for name, row in rows.items()},
+            labels,
+            _STAGE_COLOURS,
+            {name: row["p80_ms"] for name, row in rows.items()},
+        )
         for y, row in enumerate(rows.values()):
             ax.plot([row["p20_ms"], row["p80_ms"]], [y, y], color=DARK, linewidth=1, solid_capstyle="butt")
         ax.set_xlabel("ms of a step: median, and a line from the 20th to the 80th percentile")
@@ -71,7 +76,9 @@ def kinds(op: dict[str, Any]) -> str:
         ax.errorbar(medians, range(len(rows)), xerr=[below, above], fmt="o", color=BLUE, capsize=3, label="left out")
         clocked = [(row["clock_ms"], y) for y, row in enumerate(rows) if row["clock_ms"] is not None]
         if clocked:
-            ax.plot(*zip(*clocked, strict=True), "D", color=ORANGE, markersize=5, label="clocks inside the op")
+            ax.plot(
+                *zip(*clocked, strict=True), "D", color=ORANGE, markersize=5, zorder=3, label="clocks inside the op"
+            )
         ax.axvline(0, color=DARK, linewidth=0.8)
         ax.set_xlabel("ms of a call of the op")
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -101,7 +108,7 @@ def memory(devices: dict[str, list[list[float]]], stages: list[dict[str, Any]]) 
 def _stage_band(ax: Axes, stage: dict[str, Any], end: float) -> None:
     start, stop = stage["start_ms"], stage["end_ms"]
     ax.axvspan(start, stop, color=_STAGE_COLOURS.get(stage["name"], GREY), alpha=0.13, linewidth=0, zorder=0)
-    if stop - start > _WIDE * end and stage["name"] != "gather":
+    if stop - start > _LETTER * len(stage["name"]) * end and stage["name"] != "gather":
         ax.text(
             (start + stop) / 2,
             0.99,
@@ -113,13 +120,17 @@ def _stage_band(ax: Axes, stage: dict[str, Any], end: float) -> None:
         )
 
 
-def _bars(values: dict[str, float], labels: dict[str, str], colours: dict[str, str]) -> tuple[Figure, Axes]:
-    """Horizontal bars from top to bottom, each with its label at its end."""
+def _bars(
+    values: dict[str, float], labels: dict[str, str], colours: dict[str, str], ends: dict[str, float] | None = None
+) -> tuple[Figure, Axes]:
+    """Horizontal bars from top to bottom, each with its label after it, or after an end further to the right."""
     figure, ax = _rows(list(values))
-    widths = [max(0.0, value) for value in values.values()]
-    bars = ax.barh(range(len(values)), widths, height=0.72, color=[colours.get(name, DARK) for name in values])
-    ax.bar_label(bars, labels=list(labels.values()), padding=14, fontsize=8.5)
-    ax.set_xlim(0, _ROOM * max(*widths, 1e-6))
+    ax.barh(range(len(values)), list(values.values()), height=0.72, color=[colours.get(name, DARK) for name in values])
+    ends = {name: max(value, 0.0, (ends or {}).get(name, 0.0)) for name, value in values.items()}
+    right = _ROOM * max(*ends.values(), 1e-6)
+    for y, name in enumerate(values):
+        ax.text(ends[name] + 0.01 * right, y, labels[name], va="center", fontsize=8.5)
+    ax.set_xlim(0, right)
     return figure, ax
 
 
