@@ -10,8 +10,8 @@ from synco_fast.models.encoders import Encoder
 from synco_fast.profiling.rounds import device_clock
 
 _SIZE = {"cuda": 8192, "cpu": 1024}
-_REPEATS = 5
-_SECONDS = 5.0
+_REPEATS = 20
+_SECONDS = 3.0
 
 
 def encoder_flops(config: Config, samples: int) -> int:
@@ -31,7 +31,7 @@ def encoder_flops(config: Config, samples: int) -> int:
 
 
 def product_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product: the fastest of a few."""
+    """Floating-point operations a second of a large matrix product: the fastest of some, as others may be at work."""
     size = _SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(left, right)

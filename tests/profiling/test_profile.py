@@ -108,8 +108,8 @@ def test_with_images(images: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_noise_in_place_of_images(tiny: Path, tmp_path: Path) -> None:
-    """MoCHi has two kinds. Steps are long enough for the bound on what no stage claims: at 16 images of 64 px a tenth of
-    a second, of which the calls between stages are under a millisecond, unless the machine is busy with others.
+    """MoCHi has two kinds. Steps are long enough for the bound on what no stage claims: 16 images of 64 px take a tenth
+    of a second, and the calls between stages under a millisecond, unless the machine is busy with others.
     """
     mochi = "negatives={n_hard: 16, mixed: 4, interpolated: 4, warmup_epochs: 1}"
     output = tmp_path / HOSTILE
@@ -124,7 +124,7 @@ def test_noise_in_place_of_images(tiny: Path, tmp_path: Path) -> None:
     check_self_contained(output / "report.html")
     page = read(output / "report.html")
     assert HOSTILE.replace("\udcff", "?") + ".yaml in " in page.text
-    assert "img" not in page.tags and "data wait" not in page.text
+    assert "img" not in page.tags and "script" not in page.tags
 
     config = config.rename(tiny)
     moco = ["--set", "method=moco", "--set", "loss.backend=eager", "--set", "negatives={n_hard: 0, warmup_epochs: 0}"]
