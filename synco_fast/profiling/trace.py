@@ -29,7 +29,7 @@ class Traced(NamedTuple):
     Attributes:
         file: the trace, gzipped JSON. operators: the longest by their own time. memory: by device, [ms, bytes] over the
             last step. stages: the last step's ranges. device_ms: in which any CUDA kernel or copy ran, None on a CPU;
-            nccl_ms: in which one of NCCL's did.
+            nccl_ms: in which NCCL's did and no other.
     """
 
     file: bytes
@@ -61,13 +61,14 @@ def trace(subject: Subject, batches: Batches, steps: int) -> Traced:
     events = json.loads(gzip.decompress(file))["traceEvents"]
     kernels = [event for event in events if event.get("cat") in _ON_DEVICE]
     start, end = _last_step(events)
+    others = [event for event in kernels if "nccl" not in event["name"].lower()]
     return Traced(
         file,
         operators(profiler, steps, cuda),
         memory(events, start, end),
         _stages(events, start, end),
-        _covered_ms(kernels) / steps if cuda else None,
-        _covered_ms([event for event in kernels if "nccl" in event["name"].lower()]) / steps,
+        covered_ms(kernels) / steps if cuda else None,
+        (covered_ms(kernels) - covered_ms(others)) / steps,
     )
 
 
@@ -134,7 +135,7 @@ def _ranges(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for event in events if event.get("cat") == "user_annotation"]
 
 
-def _covered_ms(events: list[dict[str, Any]]) -> float:
+def covered_ms(events: list[dict[str, Any]]) -> float:
     """Milliseconds in which at least one of them was going on."""
     covered, reached = 0.0, 0.0
     for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in events):

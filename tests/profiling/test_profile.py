@@ -108,14 +108,13 @@ def test_with_images(images: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_noise_in_place_of_images(tiny: Path, tmp_path: Path) -> None:
-    """MoCHi has two kinds. Steps are long enough for the bound on what no stage claims: 16 images of 64 px take a tenth
-    of a second, and the calls between stages under a millisecond, unless the machine is busy with others.
+    """MoCHi has two kinds. The bound on what no stage claims is a loose one: steps take a tenth of a second, and the
+    calls between stages under a millisecond where nothing else keeps the machine busy.
     """
     mochi = "negatives={n_hard: 16, mixed: 4, interpolated: 4, warmup_epochs: 1}"
     output = tmp_path / HOSTILE
     config = tiny.rename(tiny.with_name(f"{HOSTILE}.yaml"))
-    larger = ["--set", "data.image_size=64", "--set", "data.eval_resize=64"]
-    profile(config, output, "--synthetic", "--set", "method=mochi", "--set", mochi, *larger)
+    profile(config, output, "--synthetic", "--set", "method=mochi", "--set", mochi)
     found = result(output)
     check_consistent(found, ALONE)
     assert found["step"]["stages"]["unattributed"]["share"] < 0.1
@@ -135,7 +134,7 @@ def test_noise_in_place_of_images(tiny: Path, tmp_path: Path) -> None:
     assert found["synthetic_negatives"] is None and found["op"]["synthetic"] is None
     assert found["op"]["phases"] is None and "backend eager has no clocks" in found["op"]["no_phases_because"]
     page = read(output / "report.html")
-    assert "synthetic negatives add" not in page.text and SECTIONS[3] not in page.text
+    assert SECTIONS[3] not in page.text and SECTIONS[4] in page.text
 
 
 def test_two_processes(tiny: Path, tmp_path: Path) -> None:
