@@ -68,12 +68,15 @@ def _sections(result: dict[str, Any]) -> Iterable[str]:
 
 
 def _verdict(verdict: dict[str, Any]) -> str:
-    rows = [[row["key"], str(row["now"]), row["set"]] for row in verdict["advice"]]
+    advice = "".join(
+        f"<li><code>{escaped(row['key'])}</code> (now {escaped(row['now'])}): {escaped(row['set'])}</li>"
+        for row in verdict["advice"]
+    )
     numbers = [[name.replace("_", " "), _number(value)] for name, value in verdict["numbers"].items()]
     return section(
         "What limits you",
         f"<p><strong>{escaped(verdict['limit'])}</strong>: {escaped(verdict['evidence'])}.</p>"
-        + html_table([["key to turn", "now", "set it to"], *rows])
+        + f"<p>Keys to turn:</p><ul>{advice}</ul>"
         + "<details><summary>Numbers it was judged by</summary>"
         + html_table([["share", "value"], *numbers])
         + "</details>",
@@ -142,7 +145,7 @@ def html_table(rows: list[list[str]]) -> str:
     """A table of text, the first row its header."""
     header = "".join(f"<th>{escaped(cell)}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<table><tr>{header}</tr>{body}</table>"
+    return f"<div><table><tr>{header}</tr>{body}</table></div>"
 
 
 def _number(value: Any) -> str:
