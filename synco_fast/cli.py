@@ -32,6 +32,12 @@ Overrides = Annotated[
 ]
 
 
+def _with_data(resolved: config.Config, data: Path | None) -> config.Config:
+    if data is None:
+        return resolved
+    return resolved.model_copy(update={"data": resolved.data.model_copy(update={"root": str(data)})})
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -70,9 +76,7 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pretrain an encoder. Under torchrun: torchrun --nproc-per-node=N -m synco_fast pretrain CONFIG ..."""
-    resolved = config.load(config_file, overrides)
-    if data is not None:
-        resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"root": str(data)})})
+    resolved = _with_data(config.load(config_file, overrides), data)
     if print_config:
         typer.echo(resolved.to_yaml(), nl=False)
         return
@@ -98,6 +102,29 @@ def knn(
         f"kNN accuracy {result['accuracy']:.2%} (k {result['k']}, t {temperature}, "
         f"bank {result['bank']}, held out {result['held_out']})"
     )
+
+
+@app.command()
+def profile(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as those in configs/.")],
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="The images: short for --set data.root=...")] = None,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="Noise in place of images: the step alone, no waiting for data.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time stage by stage.")] = 20,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds of each comparison.")] = 10,
+    output: Annotated[Path, typer.Option(help="Folder for profile.json, report.html and trace.json.gz.")] = Path(
+        "runs/profile"
+    ),
+) -> None:
+    """Take the training step apart: its stages, the op, what each kind of negative costs, and what limits it."""
+    resolved = _with_data(config.load(config_file, overrides), data)
+    if synthetic and data is not None:
+        raise UserError(f"--synthetic and --data {data}: noise takes the place of images; give one of the two")
+    from synco_fast.profiling import profile as profiling
+
+    profiling.run(resolved, source=str(config_file), output=output, steps=steps, rounds=rounds, synthetic=synthetic)
 
 
 @data_app.command()

@@ -1,4 +1,4 @@
-"""Imports point one way: ops <- methods <- engine <- cli; data and models do not know methods."""
+"""Imports point one way: ops <- methods <- engine <- profiling <- cli; data and models do not know methods."""
 
 import ast
 import sys
@@ -8,12 +8,25 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "synco_fast"
 FORBIDDEN = {
-    "ops": {"config", "data", "models", "methods", "engine", "evaluation", "cli", "demo", "errors", "files"},
-    "data": {"config", "models", "methods", "engine", "evaluation", "cli", "demo"},
-    "models": {"config", "data", "methods", "engine", "evaluation", "cli", "demo"},
-    "methods": {"config", "data", "engine", "evaluation", "cli", "demo"},
-    "evaluation": {"methods", "engine", "cli", "demo"},
-    "engine": {"cli", "demo"},
+    "ops": {
+        "config",
+        "data",
+        "models",
+        "methods",
+        "engine",
+        "evaluation",
+        "profiling",
+        "cli",
+        "demo",
+        "errors",
+        "files",
+    },
+    "data": {"config", "models", "methods", "engine", "evaluation", "profiling", "cli", "demo"},
+    "models": {"config", "data", "methods", "engine", "evaluation", "profiling", "cli", "demo"},
+    "methods": {"config", "data", "engine", "evaluation", "profiling", "cli", "demo"},
+    "evaluation": {"methods", "engine", "profiling", "cli", "demo"},
+    "engine": {"profiling", "cli", "demo"},
+    "profiling": {"cli", "demo"},
 }
 
 

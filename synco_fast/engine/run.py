@@ -1,6 +1,8 @@
 """From a configuration to a run: check everything, then build, then write, then train."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,16 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
         UserError: something given cannot work; nothing has been written unless training had begun.
         Interrupted: see `Trainer.run`.
     """
+    with joined(config) as processes:
+        build(config, processes, resume).run()
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[Processes]:
+    """The processes of a run, this one among them, until its end; that its memory does not suffice is a UserError."""
     processes = distributed.start(distributed.choose_device(config.trainer.device))
     try:
-        build(config, processes, resume).run()
+        yield processes
     except RuntimeError as error:
         if _in_compiler(error):
             reason = str(error).strip().partition("\n")[0]
@@ -57,16 +66,8 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
 
 def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     """Everything of a run, checked and ready to train. The output folder is touched last."""
-    check_processes(config, processes.world_size)
-    backend = config.loss.backend
-    if backend != "auto" and backends()[backend] != "ok":
-        raise UserError(f"loss.backend = {backend}: cannot be used here: {backends()[backend]}")
-    operator.resolve(config.data.augmentation, processes.device)
-    speed = speeds.resolve(config, processes)
-    if config.data.root is None:
-        raise UserError("data.root is not set: give the images with --data DIR or --set data.root=DIR")
-    root, output = Path(config.data.root), Path(config.output)
-    index = scan(root)
+    speed = check(config, processes)
+    index, output = find_data(config, processes), Path(config.output)
     data = {"samples": len(index), "digest": index.digest}
     path = _checkpoint_to_resume(output, resume)
     state = None
@@ -85,6 +86,23 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
         _prepare_output(output, config)
     processes.barrier()
     return trainer
+
+
+def check(config: Config, processes: Processes) -> speeds.Speed:
+    """Refuse what cannot work with these processes on this device, data aside; how a step is computed otherwise."""
+    check_processes(config, processes.world_size)
+    backend = config.loss.backend
+    if backend != "auto" and backends()[backend] != "ok":
+        raise UserError(f"loss.backend = {backend}: cannot be used here: {backends()[backend]}")
+    return speeds.resolve(config, processes)
+
+
+def find_data(config: Config, processes: Processes) -> Index:
+    """The training images; the loader can work here."""
+    operator.resolve(config.data.augmentation, processes.device)
+    if config.data.root is None:
+        raise UserError("data.root is not set: give the images with --data DIR or --set data.root=DIR")
+    return scan(Path(config.data.root))
 
 
 def build_contrast(config: Config, processes: Processes) -> MomentumContrast:

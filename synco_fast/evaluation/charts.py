@@ -22,10 +22,10 @@ MASS_COLOURS = dict(
     zip(("positive", "queue", *KINDS), (DARK, GREY, BLUE, SKY, GREEN, YELLOW, ORANGE, VERMILLION), strict=True)
 )
 
-_WIDTH = 9.2
+WIDTH = 9.2
 _POINTS = 1000
 _ROOM = 1.02  # to the right of a line, so that its last point is not cut
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -51,7 +51,7 @@ def knn(rows: Rows, references: dict[str, float], name: str) -> str:
     Args:
         rows: of kind knn. references: accuracies drawn as level lines, by label. name: of the method.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, [ax] = _figure(1, 3.3)
         epochs = [row["epoch"] + 1 for row in rows]
         ax.plot(epochs, _column(rows, "accuracy"), color=BLUE, marker="o", markersize=4, label=name)
@@ -62,12 +62,12 @@ def knn(rows: Rows, references: dict[str, float], name: str) -> str:
         ax.set(xlabel="epochs done", xlim=(0, epochs[-1] + 0.5))
         _percent(ax)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        return _svg(figure, f"kNN accuracy over epochs of {name}")
+        return svg(figure, f"kNN accuracy over epochs of {name}")
 
 
 def learning(rows: Rows, warmup_end: int | None) -> str:
     """Loss and proxy accuracy over steps; the steps before `warmup_end` see the queue only."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (left, right) = _figure(2, 2.9)
         rows = _thinned(rows)
         steps, note = _column(rows, "step"), "" if warmup_end is None else " (grey: queue-only warm-up)"
@@ -82,12 +82,12 @@ def learning(rows: Rows, warmup_end: int | None) -> str:
             ax.set_xlim(0, steps[-1] * _ROOM)
             if warmup_end is not None:
                 ax.axvspan(0, warmup_end, color="#ececec", zorder=0)
-        return _svg(figure, "loss and proxy accuracy over steps")
+        return svg(figure, "loss and proxy accuracy over steps")
 
 
 def mass(rows: Rows) -> str:
     """Mean share of the softmax denominator that the positive, the queue and each kind of synthetic negative hold."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, [ax] = _figure(1, 3.3)
         rows = _thinned(rows)
         kinds = [kind for kind in MASS_COLOURS if any(f"mass_{kind}" in row for row in rows)]
@@ -104,12 +104,12 @@ def mass(rows: Rows) -> str:
         handles, labels = ax.get_legend_handles_labels()
         # In the order of the layers, the upper ones first.
         ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
-        return _svg(figure, "share of the softmax denominator over steps, by kind of negative")
+        return svg(figure, "share of the softmax denominator over steps, by kind of negative")
 
 
 def pace(rows: Rows) -> str:
     """Throughput, share of time spent waiting for data, and learning rate, over steps."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, (speed, wait, rate) = _figure(3, 2.4)
         rows = _thinned(rows)
         steps, timings = _column(rows, "step"), [row["timing"] for row in rows]
@@ -122,11 +122,11 @@ def pace(rows: Rows) -> str:
         for ax in (speed, wait, rate):
             ax.set(xlim=(0, steps[-1] * _ROOM), ylim=(0, None))
         _percent(wait, top=1)
-        return _svg(figure, "images per second, data wait and learning rate over steps")
+        return svg(figure, "images per second, data wait and learning rate over steps")
 
 
 def _figure(columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for ax in axes:
         ax.set_xlabel("step")
@@ -155,7 +155,10 @@ def _percent(ax: Axes, top: float | None = None) -> None:
     ax.set_ylim(0, top)
 
 
-def _svg(figure: Figure, description: str) -> str:
+def svg(figure: Figure, description: str) -> str:
+    """A figure as an element to stand in a page, with what it shows in words. Drawn with `STYLE`, it is the same file
+    each time.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     # What comes before the element, an XML declaration and a document type, has no place inside a page.

@@ -112,13 +112,13 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     started = run.environment.get("started")
-    page = _PAGE.substitute(
-        title=_escaped(f"{run.name} pretraining, {run.config.model.arch}"),
-        subtitle=_escaped(run.config.output + (f", started {started}" if started else "")),
+    page = PAGE.substitute(
+        title=escaped(f"{run.name} pretraining, {run.config.model.arch}"),
+        subtitle=escaped(run.config.output + (f", started {started}" if started else "")),
         facts=_facts(run),
         sections="\n".join(_sections(run)),
         environment=_environment(run),
-        config=_escaped(run.config_text),
+        config=escaped(run.config_text),
     )
     path = folder / "report.html"
     write_text_atomically(path, page)
@@ -128,7 +128,7 @@ def write_report(folder: Path) -> Path:
 def _sections(run: Run) -> Iterable[str]:
     if run.knn:
         last = run.knn[-1]
-        yield _section(
+        yield section(
             "kNN accuracy",
             charts.knn(run.knn, dict(baseline_rows(run)), run.name)
             + _table(baseline_rows(run) + knn_rows(run)[-1:])
@@ -139,7 +139,7 @@ def _sections(run: Run) -> Iterable[str]:
             "alone then tell classes apart better than pixels or an untrained network do. The untrained network is "
             "shown as training starts from it, and with its batch norm statistics calibrated on training images.",
         )
-    yield _section(
+    yield section(
         "Learning",
         charts.learning(run.train, run.warmup_end),
         "Left: the InfoNCE loss of telling an image's other view from all negatives. Right: how often the other view "
@@ -152,7 +152,7 @@ def _sections(run: Run) -> Iterable[str]:
             else "The loss should fall and the accuracies rise."
         ),
     )
-    yield _section(
+    yield section(
         "Who holds the softmax",
         charts.mass(run.train),
         "Mean share of the softmax denominator held by the positive, by the real negatives in the queue, and by each "
@@ -162,7 +162,7 @@ def _sections(run: Run) -> Iterable[str]:
     )
     if run.views is not None:
         image = base64.b64encode(run.views).decode()
-        yield _section(
+        yield section(
             "What the network sees",
             f'<img class="views" alt="images and their augmented views" src="data:image/png;base64,{image}">',
             "Each row is an image's centre crop and the two random views of it that training compares: a crop, "
@@ -170,7 +170,7 @@ def _sections(run: Run) -> Iterable[str]:
             "natural colours in the first column, and no black borders.",
             layout="beside",
         )
-    yield _section(
+    yield section(
         "Pace",
         charts.pace(run.train),
         "Throughput of training, the share of its time that was spent waiting for images (high: the loader is the "
@@ -178,10 +178,11 @@ def _sections(run: Run) -> Iterable[str]:
     )
 
 
-def _section(title: str, content: str, caption: str, layout: str = "above") -> str:
+def section(title: str, content: str, caption: str, layout: str = "above") -> str:
+    """A part of the page: a figure, as HTML, under a title and with a caption, both plain text."""
     return (
-        f'<section class="{layout}"><h2>{_escaped(title)}</h2><figure><div>{content}</div>'
-        f"<figcaption>{_escaped(caption)}</figcaption></figure></section>"
+        f'<section class="{layout}"><h2>{escaped(title)}</h2><figure><div>{content}</div>'
+        f"<figcaption>{escaped(caption)}</figcaption></figure></section>"
     )
 
 
@@ -196,11 +197,16 @@ def _facts(run: Run) -> str:
     ]
     if run.knn:
         facts.insert(0, ("kNN accuracy", f"{run.knn[-1]['accuracy']:.1%}"))
-    return "".join(f"<div><dt>{_escaped(name)}</dt><dd>{_escaped(value)}</dd></div>" for name, value in facts)
+    return fact_list(facts)
+
+
+def fact_list(facts: list[tuple[str, str]]) -> str:
+    """The figures at the head of a page: (name, value), plain text."""
+    return "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts)
 
 
 def _table(rows: list[tuple[str, float]]) -> str:
-    cells = "".join(f"<tr><td>{_escaped(name)}</td><td>{value:.1%}</td></tr>" for name, value in rows)
+    cells = "".join(f"<tr><td>{escaped(name)}</td><td>{value:.1%}</td></tr>" for name, value in rows)
     return f"<table><tr><th>features</th><th>kNN accuracy</th></tr>{cells}</table>"
 
 
@@ -208,8 +214,8 @@ def _environment(run: Run) -> str:
     if not run.environment:
         return ""
     return (
-        f"<h2>How to repeat it</h2><pre>{_escaped(run.environment['command'])}</pre>"
-        f"<details><summary>Versions and machine</summary><pre>{_escaped(run.environment['machine'])}</pre></details>"
+        f"<h2>How to repeat it</h2><pre>{escaped(run.environment['command'])}</pre>"
+        f"<details><summary>Versions and machine</summary><pre>{escaped(run.environment['machine'])}</pre></details>"
     )
 
 
@@ -217,11 +223,12 @@ def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text as HTML that shows it."""
     return html.escape(str(text))
 
 
-_PAGE = Template("""\
+PAGE = Template("""\
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -266,3 +273,4 @@ $environment
 </body>
 </html>
 """)
+"""A page of a report: title, subtitle, facts (dt and dd), sections, environment and config, all of them HTML."""

@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from synco_fast.errors import UserError
 from synco_fast.evaluation import charts
 from synco_fast.evaluation.report import write_report
 from synco_fast.ops import KINDS
+from tests.page import check_self_contained, read
 
 HOSTILE = """"'></pre></title></style><script>alert(1)</script><img src=x onerror=alert(2)>&amp;$title ${x}"""
 ACCURACY = [0.3, 0.45, 0.55, 0.5]
@@ -25,7 +25,6 @@ BASELINES = {
     "random_initialisation_calibrated": 0.38,
 }
 STEPS_PER_EPOCH, BATCH = 12, 16
-VOID = {"meta", "img"}
 
 
 def train_row(step: int, kinds: tuple[str, ...] = KINDS, **changes: Any) -> dict[str, Any]:
@@ -69,59 +68,6 @@ def full(tmp_path: Path) -> Path:
     (folder / "environment.json").write_text(json.dumps(environment))
     Image.fromarray(np.full((30, 20, 3), 99, np.uint8)).save(folder / "views.png")
     return folder
-
-
-class Page(HTMLParser):
-    """A page's text, elements and attributes; raises where an element is not closed in its place."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def read(path: Path) -> Page:
-    return Page(path.read_text(encoding="utf-8"))
-
-
-def check_self_contained(path: Path) -> None:
-    """Nothing runs, and nothing is loaded: every reference is inside the page."""
-    page = read(path)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "audio", "video"} & set(page.tags)
-    for tag, name, value in page.attributes:
-        assert not name.startswith("on"), (tag, name)
-        if name in ("src", "href", "xlink:href", "srcset", "data", "action", "background"):
-            assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value)
-        if name == "style":
-            assert "url(" not in value or "url(#" in value, value
-        if "://" in value:
-            assert name.startswith("xmlns"), (tag, name, value)
-    text = path.read_text(encoding="utf-8")
-    assert "@import" not in text and "<!DOCTYPE svg" not in text and "<?xml" not in text
-    policy = [value for tag, name, value in page.attributes if tag == "meta" and name == "content"]
-    assert any(value.startswith("default-src 'none'") for value in policy)
 
 
 def test_it_shows_what_it_must(full: Path) -> None:
