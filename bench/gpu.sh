@@ -23,7 +23,8 @@ stage_tests() {
     "$NVCC" -std=c++17 "-arch=sm_${CAPABILITY/./}" -I kernels/cuda "tests/simt/$name.cu" -o "$WORK/$name" || code=$?
     "$WORK/$name" || code=$?
   done
-  "$PYTHON" -m pytest -rs tests/ops/test_cuda.py tests/data/test_cuda_view.py || code=$?
+  "$PYTHON" -m pytest -rs tests/ops/test_cuda.py tests/ops/test_phases.py tests/data/test_cuda_view.py \
+    tests/engine/test_step_cuda.py || code=$?
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi # Triton compiles hundreds of kernels
   "$PYTHON" -m pytest -rs "${workers[@]}" tests/ops/test_triton*.py || code=$?
   return "$code"

@@ -1,6 +1,5 @@
 """The op inside a step: where its time goes by its own clocks, and what each kind costs by leaving it out."""
 
-import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from synco_fast.methods.contrast import Contrast, MomentumContrast
 from synco_fast.ops import HardNegatives, infonce
 from synco_fast.ops.dispatch import choose
+from synco_fast.ops.phases import record
 from synco_fast.profiling.estimates import difference, quantiles
 from synco_fast.profiling.rounds import device_clock, interleaved
 from synco_fast.profiling.subject import Subject, Views
@@ -68,11 +68,7 @@ def phases(op: Operands, hard: HardNegatives, calls: int) -> tuple[dict[str, flo
     if op.backend not in _CLOCKED_BACKENDS:
         return None, f"backend {op.backend} has no clocks inside; {' and '.join(_CLOCKED_BACKENDS)} have"
     try:
-        clocks = importlib.import_module("synco_fast.ops.phases")
-    except ModuleNotFoundError:
-        return None, "this version of the op has no clocks inside"
-    try:
-        with clocks.record(op.queue.device) as clock:
+        with record(op.queue.device) as clock:
             for _ in range(calls):
                 op.call(hard)
         return clock.shares(), ""
