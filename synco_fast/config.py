@@ -20,7 +20,6 @@ Positive = Annotated[int, Field(ge=1, le=COUNT_MAX)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Switch = bool | Literal["auto"]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
 
 
@@ -155,14 +154,16 @@ class Trainer(Section):
 
 
 class Speed(Section):
-    """How a step is computed; results differ by rounding alone. auto: what is faster on the device (performance.md)."""
+    """How a step is computed; results differ by rounding at most. performance.md says what is worth what."""
 
     channels_last: bool = Field(True, description="images and convolutions lie in memory channels last")
-    compile: Switch = Field("auto", description="torch.compile of both encoders")
-    cuda_graph: Switch = Field("auto", description="the whole step is one CUDA graph; one process on a GPU")
-    key_stream: Switch = Field("auto", description="keys are computed beside the queries, on another CUDA stream")
-    key_twin: Switch = Field(
-        "auto", description="keys are computed with a bfloat16 copy of the key encoder's weights; needs precision bf16"
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile of both encoders; auto: in one process on a GPU with Triton and a C compiler"
+    )
+    cuda_graph: bool = Field(False, description="the whole step is one CUDA graph; one process on a GPU")
+    key_stream: bool = Field(False, description="keys are computed beside the queries, on another CUDA stream")
+    key_twin: bool = Field(
+        False, description="keys are computed with a bfloat16 copy of the key encoder's weights; needs precision bf16"
     )
     recompute: bool = Field(
         False, description="keep only the inputs of residual blocks, and compute the rest again in backward"
@@ -309,13 +310,13 @@ def _conflicts(config: Config) -> list[str]:
 
 def _speed_conflicts(config: Config) -> list[str]:
     speed, problems = config.speed, []
-    if speed.key_twin is True and config.trainer.precision != "bf16":
+    if speed.key_twin and config.trainer.precision != "bf16":
         problems.append(f"speed.key_twin = true: needs trainer.precision = bf16, not {config.trainer.precision}")
     if speed.recompute and speed.compile is True:
         problems.append("speed.recompute = true: cannot be compiled; set speed.compile to false")
     if speed.optimizer == "apex" and config.optim.name != "sgd":
         problems.append(f"speed.optimizer = apex: is for optim.name = sgd, not {config.optim.name}")
-    if speed.optimizer == "apex" and speed.cuda_graph is True:
+    if speed.optimizer == "apex" and speed.cuda_graph:
         problems.append("speed.optimizer = apex: a CUDA graph would keep its first learning rate; choose one")
     return problems
 

@@ -47,6 +47,8 @@ def _values(schema: dict[str, Any]) -> str:
     """What a key takes, in words, from its JSON schema."""
     if "anyOf" in schema:
         return " or ".join(map(_values, schema["anyOf"]))
+    if "const" in schema:
+        return str(schema["const"])
     if "enum" in schema:
         return ", ".join(schema["enum"])
     if schema["type"] == "array":

@@ -47,6 +47,15 @@ CONFIGURATIONS: list[tuple[list[str], tuple[str, ...]]] = [
     (["data.recipe=moco"], ("data.recipe = 'moco'", "'moco_v2'")),
     (["bn.mode=ghost"], ("bn.mode = 'ghost'", "'split'")),
     (["loss.backend=cudnn"], ("loss.backend = 'cudnn'", "'eager'")),
+    # how a step is computed
+    (["speed.compile=fast"], ("speed.compile", "'auto'")),
+    (["speed.cuda_graph=true"], ("speed.cuda_graph = true", "needs a GPU")),
+    (["speed.key_stream=true"], ("speed.key_stream = true", "needs a GPU")),
+    (["speed.optimizer=apex"], ("speed.optimizer = apex", "needs a GPU")),
+    (["optim.name=lars", "speed.optimizer=apex"], ("speed.optimizer = apex", "optim.name = sgd")),
+    (["speed.optimizer=apex", "speed.cuda_graph=true"], ("CUDA graph", "speed.optimizer = apex")),
+    (["speed.key_twin=true"], ("speed.key_twin = true", "trainer.precision = bf16")),
+    (["speed.recompute=true", "speed.compile=true"], ("speed.recompute = true", "speed.compile to false")),
     # ranges
     (["loss.temperature=0"], ("loss.temperature = 0", "greater than 0")),
     (["loss.temperature=-0.2"], ("loss.temperature = -0.2", "greater than 0")),

@@ -16,7 +16,8 @@ LATEST = "latest.pt"
 _DICTS = ("config", "data", "loader", "model", "optimizer", "meter", "rng")
 _ENTRIES = {"step": int} | dict.fromkeys(_DICTS, dict)
 
-# Keys that may differ when a run goes on: where things are, how long it lasts, and what changes no number.
+# Keys that may differ when a run goes on: where things are, how long it lasts, and what changes results by rounding at
+# most. So a run that a machine cannot go on with as it was can go on in another way.
 _FREE = {
     "output",
     "data.root",
@@ -26,6 +27,13 @@ _FREE = {
     "data.on_corrupt",
     "trainer.max_steps",
     "trainer.log_every",
+    "trainer.deterministic",
+    "speed.channels_last",
+    "speed.compile",
+    "speed.cuda_graph",
+    "speed.key_stream",
+    "speed.key_twin",
+    "speed.recompute",
     "knn.every_epochs",
     "knn.k",
     "knn.temperature",
@@ -86,7 +94,7 @@ def check_same_run(state: dict[str, Any], path: Path, config: Config, data: dict
     Raises:
         UserError: listing the keys that differ, or that the data set is another.
     """
-    before, now = _flatten(state["config"]), _flatten(config.model_dump())
+    before, now = _flatten(saved_config(state, path).model_dump()), _flatten(config.model_dump())
     changed = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -14,11 +14,12 @@ from synco_fast.errors import UserError
 from synco_fast.machine import apex_status
 from synco_fast.methods import MomentumContrast
 from synco_fast.models.encoders import low_precision_copy, recompute_activations
+from synco_fast.ops.checks import DEBUG
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The section `speed` with every `auto` decided."""
+    """The section `speed` with `auto` decided."""
 
     channels_last: bool
     compile: bool
@@ -30,27 +31,32 @@ class Speed:
 
 
 def resolve(config: Config, processes: Processes) -> Speed:
-    """Decide what is `auto`: on where it is the faster by what was measured on such a device (docs/performance.md).
+    """Decide what is `auto`.
 
     Raises:
         UserError: something that was asked for cannot work here.
     """
     speed, cuda = config.speed, processes.device.type == "cuda"
     for key in ("cuda_graph", "key_stream"):
-        if getattr(speed, key) is True and not cuda:
+        if getattr(speed, key) and not cuda:
             raise UserError(f"speed.{key} = true: needs a GPU, and this run is on {processes.device.type}")
-    if speed.cuda_graph is True and processes.world_size > 1:
+    if speed.cuda_graph and processes.world_size > 1:
         raise UserError(f"speed.cuda_graph = true: is for one process, and this run has {processes.world_size}")
-    if speed.compile is True:
-        _check_compiler(cuda)
+    if speed.cuda_graph and DEBUG:
+        raise UserError("speed.cuda_graph = true: SYNCO_FAST_DEBUG=1 looks at rows at each step, which a graph cannot")
+    obstacle = _compiler_obstacle(cuda)
+    if speed.compile is True and obstacle:
+        raise UserError(f"speed.compile = true: {obstacle}")
     if speed.optimizer == "apex":
         _check_apex(cuda)
+    # Not tried: compiled encoders with the collectives of several processes or of synchronised batch norm.
+    automatic = cuda and not obstacle and processes.world_size == 1 and config.bn.mode != "sync" and not speed.recompute
     return Speed(
         channels_last=speed.channels_last,
-        compile=speed.compile is True or (speed.compile == "auto" and cuda and not speed.recompute and _has_triton()),
-        cuda_graph=speed.cuda_graph is True,
-        key_stream=speed.key_stream is True,
-        key_twin=speed.key_twin is True,
+        compile=automatic if speed.compile == "auto" else speed.compile,
+        cuda_graph=speed.cuda_graph,
+        key_stream=speed.key_stream,
+        key_twin=speed.key_twin,
         recompute=speed.recompute,
         apex=speed.optimizer == "apex",
     )
@@ -71,16 +77,15 @@ def apply(speed: Speed, contrast: MomentumContrast) -> MomentumContrast:
     return contrast
 
 
-def _check_compiler(cuda: bool) -> None:
-    if cuda and not _has_triton():
-        raise UserError("speed.compile = true: on a GPU it needs Triton: pip install triton")
-    compiler = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[0]
-    if not cuda and shutil.which(compiler) is None:
-        raise UserError(f"speed.compile = true: on a CPU it needs a C++ compiler, and there is no {compiler}")
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _compiler_obstacle(cuda: bool) -> str | None:
+    """Why torch.compile cannot work here, or None: it writes C++ for a CPU; for a GPU Triton, with launchers in C."""
+    if cuda and importlib.util.find_spec("triton") is None:
+        return "on a GPU it needs Triton: pip install triton"
+    variable, usual = ("CC", ["gcc", "clang", "cc"]) if cuda else ("CXX", ["g++"])
+    names = shlex.split(os.environ.get(variable, ""))[:1] or usual
+    if not any(map(shutil.which, names)):
+        return f"it needs a compiler, and there is no {' or '.join(names)}"
+    return None
 
 
 def _check_apex(cuda: bool) -> None:
@@ -101,4 +106,6 @@ def choose_algorithms(device: torch.device, deterministic: bool) -> None:
         from torch._inductor import config as inductor
 
         inductor.deterministic = True  # no choice by timing
+        # Nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used

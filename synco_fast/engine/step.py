@@ -86,7 +86,8 @@ class TrainStep:
             self.meter.add(values)
         with stage("optimizer"):
             optim.step(self.optimizer, self.guard.skip)
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self._parameters:
+                parameter.grad = None
         with stage("enqueue"):
             self.contrast.queue.enqueue(all_gather_rows(torch.cat(keys)), self.guard.skip)
 

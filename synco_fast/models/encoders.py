@@ -133,7 +133,7 @@ def _statistics_taken_once(block: nn.Module) -> tuple[AbstractContextManager[Non
 
 @contextlib.contextmanager
 def _statistics_frozen(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
     before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0  # running <- 1 running + 0 batch

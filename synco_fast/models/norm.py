@@ -51,12 +51,13 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         # The running statistics as the groups one after the other would move them.
         assert self.running_mean is not None and self.running_var is not None
         ages = torch.arange(groups - 1, -1, -1, device=images.device, dtype=torch.float32)
-        weights = share * (1 - share) ** ages
+        weights = (share * (1 - share) ** ages)[:, None]
         unbiased = variance[:, 0] * (pixels.shape[1] / (pixels.shape[1] - 1))
-        self.running_mean.mul_((1 - share) ** groups).add_(weights @ mean[:, 0].detach())
-        self.running_var.mul_((1 - share) ** groups).add_(weights @ unbiased.detach())
-        normal = normal.to(images.dtype).view(samples, height, width, channels)
-        return normal.permute(0, 3, 1, 2)
+        # Sums, and not products of matrices, which autocast would round.
+        self.running_mean.mul_((1 - share) ** groups).add_((weights * mean[:, 0].detach()).sum(dim=0))
+        self.running_var.mul_((1 - share) ** groups).add_((weights * unbiased.detach()).sum(dim=0))
+        normal = normal.to(images.dtype).view(samples, height, width, channels).permute(0, 3, 1, 2)
+        return normal if images.is_contiguous(memory_format=torch.channels_last) else normal.contiguous()
 
 
 def use_split_batch_norm(module: nn.Module, group_size: int) -> None:

@@ -54,7 +54,8 @@ def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, st
 
 
 def _take(images: Tensor, order: Tensor) -> Tensor:
-    return images[order].contiguous(memory_format=torch.channels_last)
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    return images[order].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 KEY_SHUFFLES = {

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from synco_fast.engine.distributed import Processes
+from synco_fast.engine.speed import resolve
 from synco_fast.errors import UserError
 from tests.engine.runs import differences
 from tests.engine.steps import build, model_state, move_first_weights, small_config, train
@@ -60,21 +62,23 @@ def test_the_twin_is_no_part_of_a_checkpoint_and_shares_batch_norm() -> None:
 
 
 @pytest.mark.timeout(900)  # of which compiling takes the most
-def test_the_compiled_step_is_the_plain_one_but_for_rounding() -> None:
-    """Weights, momenta, running statistics and queue after three steps: no farther from the plain step's than a plain
-    step's whose first weights were off by a unit in their last place. 200 steps: `make stress`, trajectories.py."""
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_compiled_step_is_the_plain_one_but_for_rounding(precision: str) -> None:
+    """Weights, momenta, running statistics and queue after three steps, beside those of the plain step in fp32: no
+    farther than a plain step's of this precision whose first weights were off by a unit in their last place.
+    200 steps: `make stress`, trajectories.py."""
     steps = 3
-    plain = fast_state(PLAIN, steps)
-    moved = [fast_state(PLAIN, steps, seed) for seed in range(3)]
-    compiled = fast_state(FAST, steps)
+    plain = fast_state(PLAIN, steps, "fp32")
+    moved = [fast_state(PLAIN, steps, precision, seed) for seed in range(3)]
+    compiled = fast_state(FAST, steps, precision)
     for name, value in plain.items():
         yardstick = max(float((one[name] - value).abs().max()) for one in moved)
         assert float((compiled[name] - value).abs().max()) <= 4 * yardstick, name
 
 
-def fast_state(speed: dict[str, bool], steps: int, moved: int | None = None) -> dict[str, torch.Tensor]:
+def fast_state(speed: dict[str, bool], steps: int, precision: str, moved: int | None = None) -> dict[str, torch.Tensor]:
     """By what they are: all weights of an encoder together, all running means, and so on."""
-    step = build(small_config(speed=speed))
+    step = build(small_config(speed=speed, trainer={"precision": precision}))
     if moved is not None:
         move_first_weights(step, moved)
     train(step, steps)
@@ -85,14 +89,36 @@ def fast_state(speed: dict[str, bool], steps: int, moved: int | None = None) -> 
     return {kind: torch.cat(values) for kind, values in kinds.items()}
 
 
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [
-        ({"cuda_graph": True}, "speed.cuda_graph = true: needs a GPU"),
-        ({"key_stream": True}, "speed.key_stream = true: needs a GPU"),
-        ({"optimizer": "apex"}, "speed.optimizer = apex: cannot be used here: it needs a GPU"),
-    ],
-)
-def test_what_needs_a_gpu_is_refused_on_a_cpu(section: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        build(small_config(speed=section))
+@pytest.mark.parametrize("last", [False, True])
+def test_both_encoders_take_images_as_configured(last: bool) -> None:
+    step = build(small_config(speed={"channels_last": last}))
+    seen = []
+    for encoder in (step.contrast.query_encoder, step.contrast.key_encoder):
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    train(step, 1)
+    large = [images for images in seen if min(images.shape[2:]) > 1]
+    assert len(large) > 10
+    assert {images.is_contiguous(memory_format=torch.channels_last) for images in large} == {last}
+
+
+def test_a_graph_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cuda = small_config(speed={"cuda_graph": True}), torch.device("cuda")
+    with pytest.raises(UserError, match="is for one process, and this run has 2"):
+        resolve(config, Processes(0, 2, cuda))
+    monkeypatch.setattr("synco_fast.engine.speed.DEBUG", True)
+    with pytest.raises(UserError, match="SYNCO_FAST_DEBUG=1"):
+        resolve(config, Processes(0, 1, cuda))
+
+
+def test_auto_compiles_in_one_process_on_a_gpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Processes(0, 1, torch.device("cuda"))
+    assert resolve(small_config(), one).compile
+    assert not resolve(small_config(), Processes(0, 2, one.device)).compile
+    assert not resolve(small_config(), Processes(0, 1, torch.device("cpu"))).compile
+    assert not resolve(small_config(speed={"recompute": True}), one).compile
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not resolve(small_config(), one).compile
+    with pytest.raises(UserError, match="there is no no-such-compiler"):
+        resolve(small_config(speed={"compile": True}), one)

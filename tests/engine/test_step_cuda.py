@@ -24,7 +24,7 @@ def _deterministic() -> Any:
 
 
 def state_after(steps: int, speed: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
-    """10 steps without synthetic negatives, then with them, each at a rate of its own; a bad step at the end."""
+    """Half of them without synthetic negatives, then with them, each step at a rate of its own."""
     step = build(small_config(speed={**EAGER, **speed}, **sections), "cuda")
     for number in range(steps):
         hard = HardNegatives.none() if number < steps // 2 else step.config.negatives.hard()
@@ -37,6 +37,14 @@ def state_after(steps: int, speed: dict[str, Any], **sections: dict[str, Any]) -
 )
 def test_graph_and_key_stream_change_no_bit(speed: dict[str, bool]) -> None:
     assert differences(state_after(20, speed), state_after(20, {})) == []
+
+
+def test_the_fastest_combination_changes_no_bit() -> None:
+    """bf16, compiled and with a twin, as a graph with keys beside: what a run on a GPU may come to use."""
+    fast = {"compile": True, "key_twin": True}
+    together = {**fast, "cuda_graph": True, "key_stream": True}
+    trainer: dict[str, Any] = {"precision": "bf16"}
+    assert differences(state_after(12, together, trainer=trainer), state_after(12, fast, trainer=trainer)) == []
 
 
 def test_a_graph_takes_micro_batches_and_clips() -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from synco_fast.errors import UserError
-from synco_fast.models.encoders import Encoder, architectures, momentum_update
+from synco_fast.models.encoders import Encoder, architectures, momentum_update, recompute_activations
 from synco_fast.models.queue import KeyQueue
 
 
@@ -58,3 +58,11 @@ def test_a_masked_enqueue_changes_nothing() -> None:
     before = queue.rows.clone()
     queue.enqueue(torch.full((4, 4), torch.nan), skip=torch.ones(()))
     assert torch.equal(queue.rows, before) and queue.pointer == 0
+
+
+def test_recomputing_in_evaluation_leaves_the_counters_alone() -> None:
+    encoder = Encoder("resnet10_narrow").eval()
+    recompute_activations(encoder)
+    before = {name: value.clone() for name, value in encoder.named_buffers()}
+    encoder(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in encoder.named_buffers())

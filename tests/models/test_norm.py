@@ -1,5 +1,6 @@
 """Split batch norm, key shuffling."""
 
+import pytest
 import torch
 import torchvision
 from torch import nn
@@ -47,6 +48,30 @@ def test_split_keeps_channels_last_and_replaces_every_layer() -> None:
     assert norms[0](images).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_form_for_compilers_is_the_same(precision: torch.dtype, layout: torch.memory_format) -> None:
+    """Outputs, gradients and, over 50 batches, running statistics, in float32 under autocast too; memory as it came."""
+    torch.manual_seed(0)
+    sliced, whole = SplitBatchNorm2d(6, group_size=4), SplitBatchNorm2d(6, group_size=4)
+    share = 1 - 0.9 ** (1 / 3)
+    # Pixels go to 10, so a mean is off by some of 10 units, and the difference to it by as many.
+    rounding = 10 * torch.finfo(precision).eps
+    for _ in range(50):
+        images = 5 + torch.randn(12, 6, 5, 4).to(precision).contiguous(memory_format=layout)
+        mine, other = images.clone().requires_grad_(), images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            expected, found = sliced(mine), whole._in_one_pass(other, 3, share)
+        assert found.dtype == precision and found.is_contiguous(memory_format=layout)
+        assert torch.allclose(found, expected, rtol=rounding, atol=4 * rounding)
+        cotangent = torch.randn_like(expected)
+        expected.backward(cotangent)
+        found.backward(cotangent)
+        assert torch.allclose(other.grad, mine.grad, rtol=rounding, atol=4 * rounding)  # type: ignore[arg-type]
+    for name in ("running_mean", "running_var"):
+        assert torch.allclose(whole.get_buffer(name), sliced.get_buffer(name), rtol=1e-5), name
+
+
 def test_key_permutation_is_a_function_of_seed_step_and_micro_batch() -> None:
     orders = [
         key_permutation(64, seed, torch.tensor(step), micro_batch)
@@ -59,7 +84,7 @@ def test_key_permutation_is_a_function_of_seed_step_and_micro_batch() -> None:
 
 
 def test_keys_come_back_in_their_order() -> None:
-    images = torch.randn(16, 3, 2, 2)
+    images = torch.randn(16, 3, 2, 2).contiguous(memory_format=torch.channels_last)
     seen = []
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
