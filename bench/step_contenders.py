@@ -334,8 +334,8 @@ def ablated_keys(config: Config, device: torch.device) -> Iterable[str]:
 
 
 def model_flops(config: Config) -> int:
-    """Floating-point operations of one step of MoCo, two for a multiply-add: the encoders' convolutions and linear layers,
-    forward and backward for the queries and forward for the keys, and the loss's products of q with the key and the
-    queue, and of their gradient. What else a contender computes is not the model's."""
+    """Floating-point operations of one step of MoCo, two for a multiply-add: the encoders' convolutions and linear
+    layers, forward and backward for the queries and forward for the keys, and the loss's products of q with the key and
+    the queue, and of their gradient. What else a contender computes is not the model's."""
     batch_size, products = config.data.batch_size, (1 + config.queue.size) * config.model.dim
     return encoder_flops(config, batch_size) + 2 * batch_size * 2 * products
