@@ -6,6 +6,7 @@ import pytest
 
 from synco_fast.config import key_paths, parse
 from synco_fast.engine.speed import Speed
+from synco_fast.profiling import page
 from synco_fast.profiling.advice import Setting, advice
 
 NOTHING = dict.fromkeys(
@@ -66,3 +67,8 @@ def test_what_is_left_out(
     limit: str, config: dict[str, Any], speed: dict[str, bool], others: dict[str, Any], left_out: set[str]
 ) -> None:
     assert set(advice(limit, setting(config, speed, **others))) == ALL[limit] - left_out
+
+
+def test_the_page_says_when_no_key_is_left() -> None:
+    verdict = {"limit": "launch-bound", "evidence": "", "advice": [], "numbers": {}}
+    assert "No key is left" in page._verdict(verdict) and "Keys to turn" not in page._verdict(verdict)
