@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench import published
 from synco_fast import config_text
@@ -26,6 +25,7 @@ from synco_fast.engine.step import TrainStep
 from synco_fast.methods import MomentumContrast
 from synco_fast.models.encoders import Encoder
 from synco_fast.models.queue import KeyQueue
+from synco_fast.profiling.peak import encoder_flops
 
 Views = tuple[Tensor, Tensor]
 """Images of queries and of keys (B, 3, H, W)."""
@@ -334,15 +334,8 @@ def ablated_keys(config: Config, device: torch.device) -> Iterable[str]:
 
 
 def model_flops(config: Config) -> int:
-    """Floating-point operations of one step of MoCo, two for a multiply-add, as torch counts them on tensors without
-    data: convolutions and linear layers, forward and backward for the queries and forward for the keys, and the loss's
-    products with the queue. What else a contender computes is not the model's."""
-    model, data = config.model, config.data
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        encoder = Encoder(model.arch, stem=model.stem, dim=model.dim, mlp=model.mlp)
-        images = torch.empty(data.batch_size, 3, data.image_size, data.image_size)
-        with torch.no_grad():
-            k = encoder(images)
-        queue = torch.empty(model.dim, config.queue.size)
-        published.moco(encoder(images), k, queue, config.loss.temperature).backward()
-    return counter.get_total_flops()
+    """Floating-point operations of one step of MoCo, two for a multiply-add: the encoders' convolutions and linear
+    layers, forward and backward for the queries and forward for the keys, and the loss's products of q with the key and
+    the queue, and of their gradient. What else a contender computes is not the model's."""
+    batch_size, products = config.data.batch_size, (1 + config.queue.size) * config.model.dim
+    return encoder_flops(config, batch_size) + 2 * batch_size * 2 * products

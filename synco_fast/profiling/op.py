@@ -21,7 +21,11 @@ _CLOCKED_BACKENDS = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Operands:
-    """What the op is called with in a step: the first micro-batch's q and k (B, D), and the queue (K, D)."""
+    """What the op is called with in a step: the first micro-batch's q and k (B, D), and the queue (K, D).
+
+    Attributes:
+        backend: the one in use. fastest: the one that "auto" comes to.
+    """
 
     q: Tensor
     k: Tensor
@@ -29,6 +33,7 @@ class Operands:
     temperature: float
     seed: int
     backend: str
+    fastest: str
 
     def call(self, hard: HardNegatives) -> None:
         with torch.no_grad():
@@ -59,8 +64,10 @@ def operands(subject: Subject, views: Views) -> Operands:
     finally:
         handle.remove()
     (q, k), queue = found[0], contrast.queue.rows.clone()
-    backend = choose(contrast.backend, queue, subject.hard, contrast.temperature, None)
-    return Operands(q, k, queue, contrast.temperature, contrast.seed, backend)
+    backend, fastest = (
+        choose(name, queue, subject.hard, contrast.temperature, None) for name in (contrast.backend, "auto")
+    )
+    return Operands(q, k, queue, contrast.temperature, contrast.seed, backend, fastest)
 
 
 def phases(op: Operands, hard: HardNegatives, calls: int) -> tuple[dict[str, float] | None, str]:
@@ -107,6 +114,7 @@ def measure(op: Operands, hard: HardNegatives, rounds: int) -> dict[str, Any]:
         )
     return {
         "backend": op.backend,
+        "fastest_backend": op.fastest,
         "shape": {"B": len(op.q), "K": len(op.queue), "D": op.queue.shape[1]},
         "dtype": str(op.queue.dtype).removeprefix("torch."),
         "time": whole,

@@ -76,7 +76,7 @@ def _verdict(verdict: dict[str, Any]) -> str:
     return section(
         "What limits you",
         f"<p><strong>{escaped(verdict['limit'])}</strong>: {escaped(verdict['evidence'])}.</p>"
-        + f"<p>Keys to turn:</p><ul>{advice}</ul>"
+        + (f"<p>Keys to turn:</p><ul>{advice}</ul>" if advice else "<p>No key is left to turn.</p>")
         + "<details><summary>Numbers it was judged by</summary>"
         + html_table([["share", "value"], *numbers])
         + "</details>",

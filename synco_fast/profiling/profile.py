@@ -12,6 +12,7 @@ import torch
 
 from synco_fast import __version__, stages
 from synco_fast.config import Config
+from synco_fast.data import operator
 from synco_fast.data.index import Index
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.run import check, find_data, joined
@@ -21,6 +22,7 @@ from synco_fast.files import write_atomically, write_text_atomically
 from synco_fast.machine import cpu_name
 from synco_fast.ops import HardNegatives
 from synco_fast.profiling import op
+from synco_fast.profiling.advice import Setting, advice
 from synco_fast.profiling.estimates import difference, quantiles
 from synco_fast.profiling.page import page
 from synco_fast.profiling.peak import encoder_flops, product_peak
@@ -28,10 +30,11 @@ from synco_fast.profiling.recorder import StageRecorder, StepTimes
 from synco_fast.profiling.rounds import interleaved, wall_clock
 from synco_fast.profiling.subject import Batches, Subject, Views
 from synco_fast.profiling.text import table
-from synco_fast.profiling.trace import DATA_WAIT, Traced, trace
+from synco_fast.profiling.trace import Traced, trace
 from synco_fast.profiling.verdict import Numbers, judge
 
 FILES = ("profile.json", "report.html", "trace.json.gz")
+DATA_WAIT = "data wait"
 STAGES = (DATA_WAIT, *stages.STAGES)
 
 _WARM_UP = 3
@@ -78,10 +81,10 @@ def measure(
         say(f"{steps} steps, stage by stage")
         views = _warm_up(subject, batches)
         host, device = record_steps(subject, batches, steps, wait=index is not None)
-        say(f"{_TRACED_STEPS} steps under torch.profiler")
-        traced = trace(subject, batches, _TRACED_STEPS)
     finally:
         batches.close()
+    say(f"{_TRACED_STEPS} steps under torch.profiler")
+    traced = trace(subject, views, _TRACED_STEPS)
     say(f"the op without each kind of negative, {rounds} rounds")
     operands = op.operands(subject, views)
     result: dict[str, Any] = {
@@ -97,9 +100,21 @@ def measure(
     result["synthetic_negatives"] = _overhead(subject, views, rounds)
     say("the device's peak")
     result["encoders"] = _encoders(config, processes, device)
-    del subject, operands
-    result["configured_step"] = _configured(config, processes, speed, timed, views, steps)
-    result["verdict"] = _verdict(config, result, host, traced)
+    if speed != timed:
+        del subject, operands
+        subject = Subject(config, processes, speed)
+    result["configured_step"] = _configured(subject, views, steps)
+    setting = Setting(
+        config,
+        speed,
+        processes.device.type,
+        processes.world_size,
+        None if index is None else operator.resolve(config.data.augmentation, processes.device),
+        bool(index and index.shards),
+        result["op"]["backend"],
+        result["op"]["fastest_backend"],
+    )
+    result["verdict"] = _verdict(numbers_of(config, result, traced), setting)
     return result, traced
 
 
@@ -166,16 +181,13 @@ def _step(subject: Subject, views: Views, hard: HardNegatives) -> Any:
     return lambda: subject.take(views, hard)
 
 
-def _configured(
-    config: Config, processes: Processes, speed: Speed, timed: Speed, views: Views, steps: int
-) -> dict[str, Any] | None:
-    """The step as it is configured, where it is not the one that was taken apart."""
-    if speed == timed:
+def _configured(subject: Subject, views: Views, steps: int) -> dict[str, Any] | None:
+    """On a GPU, the whole step as it is configured, with no loader beside it."""
+    if subject.device.type != "cuda":
         return None
-    subject = Subject(config, processes, speed)
     for _ in range(_WARM_UP_GRAPH):
         subject.take(views)
-    recorder = StageRecorder(processes.device)
+    recorder = StageRecorder(subject.device)
     for _ in range(steps):
         with recorder.step():
             subject.take(views)
@@ -193,30 +205,33 @@ def _encoders(config: Config, processes: Processes, steps: list[StepTimes]) -> d
     return {"flops_a_step": flops, "flops": achieved, "product_flops": peak, "share": achieved / peak}
 
 
-def _verdict(config: Config, result: dict[str, Any], host: list[StepTimes], traced: Traced) -> dict[str, Any]:
-    step = result["step"]
+def numbers_of(config: Config, result: dict[str, Any], traced: Traced) -> Numbers:
+    """What the verdict is judged by."""
+    step, configured = result["step"], result["configured_step"]
     shares = {name: row["share"] for name, row in step["stages"].items()}
-    waited = sum(times.stages.get(DATA_WAIT, 0) for times in host) / sum(times.wall for times in host)
-    median = step["time"]["median_ms"]
-    numbers = Numbers(
+    gpu_busy = None
+    if traced.device_ms is not None and configured is not None:
+        gpu_busy = min(1.0, traced.device_ms / configured["time"]["median_ms"])
+    return Numbers(
         data_wait=shares.get(DATA_WAIT),
-        gpu_busy=None if traced.device_ms is None else min(1.0, traced.device_ms / median),
-        host_busy=None if traced.device_ms is None else 1 - waited,
-        communication=max(shares.get("gather", 0.0), traced.nccl_ms / median),
+        gpu_busy=gpu_busy,
+        communication=max(shares.get("gather", 0.0), traced.nccl_ms / step["time"]["median_ms"]),
         op=shares["op"],
         peak=result["encoders"]["share"],
         precision=config.trainer.precision,
     )
-    verdict = judge(numbers)
-    values = config.model_dump()
-    advice = [
+
+
+def _verdict(numbers: Numbers, setting: Setting) -> dict[str, Any]:
+    verdict, values = judge(numbers), setting.config.model_dump()
+    rows = [
         {"key": key, "now": values[key.partition(".")[0]][key.partition(".")[2]], "set": how}
-        for key, how in verdict.advice.items()
+        for key, how in advice(verdict.limit, setting).items()
     ]
     return {
         "limit": verdict.limit,
         "evidence": verdict.evidence,
-        "advice": advice,
+        "advice": rows,
         "numbers": dataclasses.asdict(numbers),
     }
 

@@ -97,7 +97,8 @@ def _totals(result: dict[str, Any]) -> str:
         lines.append(f"synthetic negatives add {overhead(result['synthetic_negatives'])}")
     if result["configured_step"] is not None:
         lines.append(
-            f"with `speed` as configured a step takes {milliseconds(result['configured_step']['time']['median_ms'])} ms"
+            f"with `speed` as configured and no loader a step takes "
+            f"{milliseconds(result['configured_step']['time']['median_ms'])} ms"
         )
     return "\n".join(lines)
 

@@ -13,10 +13,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from synco_fast import stages
 from synco_fast.profiling.recorder import RangeRecorder
-from synco_fast.profiling.subject import Batches, Subject
+from synco_fast.profiling.subject import Subject, Views
 
 STEP = "step"
-DATA_WAIT = "data wait"
 _TOP = 15
 _POINTS = 1500
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -24,7 +23,7 @@ _CUDA = 1  # in the field "Device Type" of the trace
 
 
 class Traced(NamedTuple):
-    """What the profiler saw, times a step.
+    """What the profiler saw, times a step. No loader was at work.
 
     Attributes:
         file: the trace, gzipped JSON. operators: the longest by their own time. memory: by device, [ms, bytes] over the
@@ -40,17 +39,14 @@ class Traced(NamedTuple):
     nccl_ms: float
 
 
-def trace(subject: Subject, batches: Batches, steps: int) -> Traced:
-    """Take steps under the profiler."""
+def trace(subject: Subject, views: Views, steps: int) -> Traced:
+    """Take steps on a batch under the profiler. A loader at work beside them would count as the step's."""
     cuda = subject.device.type == "cuda"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it speaks of a missing GPU as an error
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    recorder = RangeRecorder()
-    with profile(activities=activities, profile_memory=True) as profiler, stages.recorded(recorder):
+    with profile(activities=activities, profile_memory=True) as profiler, stages.recorded(RangeRecorder()):
         for _ in range(steps):
             with record_function(STEP):
-                with recorder.stage(DATA_WAIT):
-                    views = next(batches)
                 subject.take(views)
             if cuda:
                 torch.cuda.synchronize()
@@ -119,8 +115,7 @@ def _last_step(events: list[dict[str, Any]]) -> tuple[float, float]:
 
 def _stages(events: list[dict[str, Any]], start: float, end: float) -> list[dict[str, Any]]:
     """The stages from start to end on the host, in order."""
-    names = {DATA_WAIT, *stages.STAGES}
-    inside = [event for event in _ranges(events) if event["name"] in names and start <= event["ts"] <= end]
+    inside = [event for event in _ranges(events) if event["name"] in stages.STAGES and start <= event["ts"] <= end]
     return [
         {
             "name": event["name"],
