@@ -150,6 +150,13 @@ def random_calls(name: str, count: int, at_once: int = 100) -> None:
     Stage(name, count).run(run, at_once)
 
 
+def slow_tests(_: int) -> None:
+    """Those that `make test` leaves out: what is compiled against what is not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-500:]
+
+
 def hostile_files(hostile: int) -> None:
     """So many hostile files among ten times as many good ones."""
 
@@ -177,6 +184,7 @@ def main() -> None:
     parser.add_argument("--hostile", type=int, default=500)
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    Stage("slow tests", 1).run(slow_tests)
     Stage("op: eager against reference, float64", arguments.op).run(fuzz.op_case)
     for name in RANDOM_CALLS:
         random_calls(name, arguments.fused)

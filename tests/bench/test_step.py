@@ -233,7 +233,8 @@ def test_everyone_takes_bf16(tmp_path: Path) -> None:
     assert {row["precision"] for row in found} == {"bf16"}
 
 
-@pytest.mark.timeout(900)  # two encoders, forward and backward: a minute on two idle cores
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled_contenders_run(tmp_path: Path) -> None:
     [row] = quick(tmp_path, "--only", "moco_compiled")
     assert "skipped" not in row and row["ratio_to_moco_eager"] is None

@@ -87,7 +87,8 @@ def test_killed_while_reading_shards(
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
-@pytest.mark.timeout(900)  # of which compiling takes the most
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_in_the_fast_step(images: Path, tiny: Path, tmp_path: Path) -> None:
     """Compiled encoders and a low-precision twin, which a new process compiles and makes anew: the same bits."""
     fast = ("model.arch=resnet10_narrow", "speed.compile=true", "speed.key_twin=true", "trainer.precision=bf16")

@@ -62,7 +62,7 @@ def test_the_twin_is_no_part_of_a_checkpoint_and_shares_batch_norm() -> None:
 
 
 @pytest.mark.timeout(900)  # of which compiling takes the most
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_the_compiled_step_is_the_plain_one_but_for_rounding(precision: str) -> None:
     """Weights, momenta, running statistics and queue after three steps, beside those of the plain step in fp32: no
     farther than a plain step's of this precision whose first weights were off by a unit in their last place.
