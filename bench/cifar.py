@@ -39,6 +39,8 @@ _QUICK = (
 def overrides(options: argparse.Namespace, output: Path) -> list[str]:
     """What is changed in the configuration, beside its images."""
     config = load(CONFIG)
+    # The configuration has 10 of 200 epochs without synthetic negatives: in proportion, but one at least, and not all.
+    warmup = max(1, config.negatives.warmup_epochs * options.epochs // config.trainer.epochs)
     changes = [
         f"output={output}",
         f"method={options.method}",
@@ -46,8 +48,7 @@ def overrides(options: argparse.Namespace, output: Path) -> list[str]:
         f"trainer.device={options.device}",
         f"knn.every_epochs={options.epochs}",  # at the end only
         f"data.threads={os.cpu_count() or 1}",
-        # The configuration has 10 of 200 epochs without synthetic negatives: in proportion.
-        f"negatives.warmup_epochs={config.negatives.warmup_epochs * options.epochs // config.trainer.epochs}",
+        f"negatives.warmup_epochs={min(warmup, options.epochs - 1)}",
     ]
     if options.method != "synco":
         # Fewer than the published ones by as much as the configuration has fewer of SynCo's.

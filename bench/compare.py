@@ -1,9 +1,10 @@
 """Has something become slower? python -m bench.compare OLD NEW, with rows of bench.kernels, bench.step or bench.loader.
 
 Ratios within each run are compared, never times of two runs: a machine that is slower today slows all alike. A row is
-divided by its run's plain one (plain MoCo, or torchvision's loader), and has a partner in the other file if both are of
-the same sizes on the same device. The exit code is 1 if something became slower by more than the tolerance and its
-interval of 95% leaves no doubt that it is slower.
+divided by its run's plain one (plain MoCo, or torchvision's loader; steps of a run without plain MoCo by our MoCo's or
+SynCo's), and has a partner in the other file if both are of the same sizes on the same device. The exit code is 1 if
+something became slower by more than the tolerance and its interval leaves no doubt that it is slower: the intervals of
+all rows hold together with 95% (Bonferroni).
 """
 
 import argparse
@@ -12,14 +13,18 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from bench import rows, step_rows
-from bench.measure import Interval, interval, quantiles, resampled_medians
+from bench.measure import ENOUGH_ROUNDS, Interval, interval, quantiles, resampled_medians
 from bench.rows import Row
 from synco_fast.errors import UserError
+
+_LEVEL = 0.95
+_BASE = "base's "
 
 Identity = tuple[tuple[str, str], ...]
 """Names and values that say what was measured."""
@@ -36,17 +41,19 @@ class Bench(NamedTuple):
     """One kind of rows.
 
     Attributes:
-        fields: that its rows have and no other's. base: the contender that others are divided by.
+        fields: that its rows have and no other's.
+        bases: the contenders that others are divided by; a run's is the first of them that it has.
         point: what rows that are divided by the same base share, besides the run.
         identity: what says what was measured.
-        change: the logarithm of the new time over base's less the old one's, and its interval.
+        change: the logarithm of the new time over base's less the old one's, and its interval, with a share beyond each
+            end that is its last argument.
     """
 
     fields: Sequence[str]
-    base: str
+    bases: Sequence[str]
     point: Sequence[str]
     identity: Sequence[str]
-    change: Callable[[Pair, Pair], Interval]
+    change: Callable[[Pair, Pair, float], Interval]
 
 
 def _log_ratio(pair: Pair, median: str, p20: str, p80: str) -> tuple[float, float]:
@@ -61,18 +68,18 @@ def _log_ratio(pair: Pair, median: str, p20: str, p80: str) -> tuple[float, floa
     return math.log(pair.row[median] / pair.base[median]), variance
 
 
-def _by_quantiles(sign: int, *names: str) -> Callable[[Pair, Pair], Interval]:
+def _by_quantiles(sign: int, *names: str) -> Callable[[Pair, Pair, float], Interval]:
     """From median, p20, p80 and n. sign: 1 for times, -1 for rates."""
 
-    def change(old: Pair, new: Pair) -> Interval:
+    def change(old: Pair, new: Pair, tail: float) -> Interval:
         (before, of_before), (after, of_after) = (_log_ratio(pair, *names) for pair in (old, new))
-        middle, reach = sign * (after - before), 1.96 * math.sqrt(of_before + of_after)
+        middle, reach = sign * (after - before), NormalDist().inv_cdf(1 - tail) * math.sqrt(of_before + of_after)
         return Interval(middle, middle - reach, middle + reach)
 
     return change
 
 
-def _by_rounds(old: Pair, new: Pair) -> Interval:
+def _by_rounds(old: Pair, new: Pair, tail: float) -> Interval:
     """From the times of each round: ratios are paired, and the rounds of both runs are drawn anew."""
     medians: list[float] = []
     drawn: list[Tensor] = []
@@ -80,21 +87,21 @@ def _by_rounds(old: Pair, new: Pair) -> Interval:
         times = zip(pair.row["ms_of_each_round"], pair.base["ms_of_each_round"], strict=True)
         ratios = [of_row / of_base for of_row, of_base in times]
         medians.append(quantiles(ratios).median)
-        drawn.append(resampled_medians(ratios, seed).log())
-    return interval(math.log(medians[1] / medians[0]), drawn[1] - drawn[0])
+        drawn.append(resampled_medians(ratios, seed, tail).log())
+    return interval(math.log(medians[1] / medians[0]), drawn[1] - drawn[0], tail)
 
 
 BENCHES = {
     "bench.kernels": Bench(
         rows.FIELDS,
-        "moco_eager",
+        ("moco_eager",),
         ("sweep", "x"),
         ("device", "threads", "sweep", "x", "contender", "setting", "dtype", "B", "K", "D", "N", "counts", "t"),
         _by_quantiles(1, "median_ms", "p20_ms", "p80_ms"),
     ),
     "bench.step": Bench(
         step_rows.FIELDS,
-        "moco_eager",
+        (*step_rows.BASES, "synco"),
         ("batch",),
         (
             *("device", "threads", "contender", "arch", "stem", "size", "batch", "K", "D", "N", "counts", "t"),
@@ -104,7 +111,7 @@ BENCHES = {
     ),
     "bench.loader": Bench(
         ("contender", "images_per_second", "date"),
-        "torchvision",
+        ("torchvision",),
         (),
         ("device", "threads", "contender", "batch", "size", "prefetch", "dtype", "page_cache", "format"),
         _by_quantiles(-1, "images_per_second", "p20", "p80"),
@@ -129,34 +136,38 @@ def bench_of(path: Path) -> str:
 
 
 def pairs(found: Sequence[Row], bench: Bench, path: Path) -> dict[Identity, Pair]:
-    """Every row that was measured, with its base; of several runs of the same, the last.
+    """Every row that was measured, with its base; of several runs of the same, the last. Prints which have none.
 
     Raises:
         UserError: there is no base.
     """
-    timed = [row for row in found if row.get("n")]
-    runs: dict[Any, Row] = {}
-    for row in timed:
-        if row["contender"] == bench.base:
-            runs[_run(row, bench)] = row
+    by_run: dict[Any, dict[str, Row]] = {}
+    for row in found:
+        if row.get("n") and row["contender"] in bench.bases:
+            by_run.setdefault(_run(row, bench), {})[row["contender"]] = row
+    runs = {run: next(those[name] for name in bench.bases if name in those) for run, those in by_run.items()}
+    bases = " or ".join(bench.bases)
     if not runs:
-        raise UserError(f"{path}: no row of {bench.base}, which the others are divided by: run it with them")
+        raise UserError(f"{path}: no row of {bases}, which the others are divided by: run it with them")
     paired = {}
-    for row in sorted(timed, key=lambda row: row["date"]):
-        base = runs.get(_run(row, bench))
-        if base is not None and row is not base:
+    for row in sorted(found, key=lambda row: row["date"]):
+        base = runs.get(_run(row, bench)) if row.get("n") else None
+        if base is None:
+            reason = f"its run has no {bases}" if row.get("n") else row.get("skipped") or "has no rounds"
+            print(f"{row['contender']}: not compared, {reason}; {path}, {row['date']}")
+        elif row is not base:
             paired[_identity(row, base, bench)] = Pair(row, base)
     return paired
 
 
 def _run(row: Row, bench: Bench) -> tuple[Any, ...]:
-    return row["date"], *(row[name] for name in bench.point)
+    return row["date"], *(row.get(name) for name in bench.point)
 
 
 def _identity(row: Row, base: Row, bench: Bench) -> Identity:
     """A row's own; and its base's, as ratios to different bases cannot be compared."""
     own = [(name, str(row[name])) for name in bench.identity]
-    return *own, *((f"{bench.base}'s {name}", str(base[name])) for name in bench.identity if name != "contender")
+    return *own, *((f"{_BASE}{name}", str(base[name])) for name in bench.identity)
 
 
 def compare(old: Path, new: Path, tolerance: float) -> bool:
@@ -173,17 +184,28 @@ def compare(old: Path, new: Path, tolerance: float) -> bool:
     common = [identity for identity in before if identity in after]
     if not common:
         raise UserError(f"{old} and {new} have nothing to compare: {_difference(before, after)}")
-    slower = 0
+    everyone = [*before, *after]
+    for path, side in ((old, before), (new, after)):
+        for identity in common:
+            few = min(side[identity], key=lambda row: row["n"])
+            if few["n"] < ENOUGH_ROUNDS:
+                name = _label(identity, everyone) if few is side[identity].row else few["contender"]
+                raise UserError(f"{path}: {name} has n = {few['n']}: expected {ENOUGH_ROUNDS} or more; run more rounds")
+    slower, level = 0, 1 - (1 - _LEVEL) / len(common)
     for identity in common:
-        change = bench.change(before[identity], after[identity])
+        change = bench.change(before[identity], after[identity], (1 - level) / 2)
         significant = change.median > math.log1p(tolerance) and change.low > 0
         slower += significant
-        print(f"{_label(identity, [*before, *after])}: {_change_text(change)}{'  SLOWER' if significant else ''}")
+        print(f"{_label(identity, everyone)}: {_change_text(change)}{'  SLOWER' if significant else ''}")
     for path, here, there in ((old, before, after), (new, after, before)):
         for identity in here:
             if identity not in there:
-                print(f"{_label(identity, [*before, *after])}: only in {path}")
-    print(f"{len(common)} compared to {bench.base} within each run, {slower} slower by more than {tolerance:.0%}")
+                print(f"{_label(identity, everyone)}: only in {path}")
+    bases = ", ".join(dict.fromkeys(before[identity].base["contender"] for identity in common))
+    print(
+        f"{len(common)} compared to {bases} within each run, {slower} slower by more than {tolerance:.0%}; "
+        f"intervals of {level:.2%} each, of {_LEVEL:.0%} together"
+    )
     return slower > 0
 
 
@@ -197,20 +219,21 @@ def _difference(before: Mapping[Identity, Pair], after: Mapping[Identity, Pair])
     told = []
     for name in dict(next(iter(before), ())):
         old, new = ({dict(identity)[name] for identity in side} for side in (before, after))
-        if new and not old & new and "'s " not in name:
+        if new and not old & new and not name.startswith(_BASE):
             told.append(f"{name} is {', '.join(sorted(old))} in the one and {', '.join(sorted(new))} in the other")
     return "; ".join(told) or "no row of the one has the sizes, device and plain contender of a row of the other"
 
 
 def _label(identity: Identity, everyone: Sequence[Identity]) -> str:
-    """What tells a row from others, in words."""
+    """What tells a row from others, in words, and its base."""
     values = [dict(one) for one in everyone]
     varied = [
         f"{name} {value}"
         for name, value in identity
-        if "'s " not in name and name not in ("contender", "counts") and len({one[name] for one in values}) > 1
+        if not name.startswith(_BASE) and name not in ("contender", "counts") and len({one[name] for one in values}) > 1
     ]
-    return " ".join((dict(identity)["contender"], *([f"({', '.join(varied)})"] if varied else [])))
+    told, sizes = dict(identity), f" ({', '.join(varied)})" if varied else ""
+    return f"{told['contender']}{sizes} / {told[f'{_BASE}contender']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
@@ -87,6 +88,19 @@ def rates(*names: str) -> Callable[[list[Row], str], str]:
     return said
 
 
+def ablation(rows: list[Row], device: str) -> str:
+    """The change with which synco is the fastest, and how fast, paired by rounds."""
+    times = {row["contender"]: row["ms_of_each_round"] for row in rows if row.get("ms_of_each_round")}
+    if "synco" not in times:
+        raise Hollow(_not_timed(rows, "synco"))
+    base = times.pop("synco")
+    speeds = {name: median(of / to for of, to in zip(base, times[name], strict=True)) for name in times}
+    if not speeds:
+        raise Hollow("no change was timed")
+    best = max(speeds, key=lambda name: speeds[name])
+    return f"fastest of {len(speeds)} changes: {best.removeprefix('synco ')}, {speeds[best]:.2f} of synco's images/s"
+
+
 def _not_timed(rows: list[Row], contender: str) -> str:
     reasons = [str(row["skipped"]) for row in rows if row["contender"] == contender and row.get("skipped")]
     return f"{contender} was not timed: {(reasons or ['it has no row'])[0]}"
@@ -110,6 +124,7 @@ FROM_ROWS: dict[str, Callable[[list[Row], str], str]] = {
     "loader": rates("synco_fast", "torchvision", "dali_chain"),
     "end_to_end": rates("synco_from_files", "synco"),
     "cifar": cifar,
+    "ablation": ablation,
 }
 
 
@@ -129,7 +144,7 @@ def headline(stage: str, folder: Path, device: str, name: str) -> str:
     for row in rows:
         if row.get("device") != name:
             raise Hollow(f"a row is of {row.get('device')}, not of {name}")
-    return FROM_ROWS[stage](rows, device)
+    return FROM_ROWS[stage]([row for row in rows if row.get("date") == rows[0].get("date")], device)  # of one run
 
 
 def main() -> int:

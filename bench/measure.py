@@ -1,6 +1,7 @@
 """Time, its ratios, and the device's peaks: what it can do at best, against which times are judged."""
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,7 +19,10 @@ Key = TypeVar("Key", bound=Hashable)
 _FLUSH_BYTES = 2**28
 _FLUSHES = 16
 _MIN_ROUNDS = 3
-_RESAMPLES = 4000
+_RESAMPLES, _IN_A_TAIL, _MOST_RESAMPLES = 4000, 50, 100_000
+
+ENOUGH_ROUNDS = 6
+"""With fewer, even the extremes enclose the median with less than 95%: 1 - 2 / 2^n."""
 
 
 class Peaks(NamedTuple):
@@ -44,7 +48,7 @@ def quantiles(times: Sequence[float]) -> Quantiles:
 
 
 class Interval(NamedTuple):
-    """A median, and where it lies with a probability of 95%."""
+    """A median, and where it lies with a probability of 95%, or what else is said."""
 
     median: float
     low: float
@@ -57,15 +61,19 @@ def paired_ratio(times: Sequence[float], base: Sequence[float]) -> Interval:
     return interval(quantiles(ratios).median, resampled_medians(ratios, seed=0))
 
 
-def resampled_medians(values: Sequence[float], seed: int) -> Tensor:
-    """Medians (4000,) float64 of the values drawn anew, as many and with replacement (Efron's bootstrap)."""
-    drawn = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(seed))
+def resampled_medians(values: Sequence[float], seed: int, tail: float = 0.025) -> Tensor:
+    """Medians (4000 or more,) float64 of the values drawn anew, as many and with replacement (Efron's bootstrap).
+
+    So many that 50 are expected beyond a quantile of `tail`, up to 100,000 in all.
+    """
+    draws = min(max(_RESAMPLES, math.ceil(_IN_A_TAIL / tail)), _MOST_RESAMPLES)
+    drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(values, dtype=torch.float64)[drawn].quantile(0.5, dim=1)
 
 
-def interval(median: float, resampled: Tensor) -> Interval:
-    """By percentiles of what was drawn anew."""
-    return Interval(median, float(resampled.quantile(0.025)), float(resampled.quantile(0.975)))
+def interval(median: float, resampled: Tensor, tail: float = 0.025) -> Interval:
+    """By percentiles of what was drawn anew, with a share of `tail` beyond each end."""
+    return Interval(median, float(resampled.quantile(tail)), float(resampled.quantile(1 - tail)))
 
 
 def interleaved(

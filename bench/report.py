@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -32,12 +32,41 @@ Run = list[Row]
 """Rows of one run at one batch, ablations and contenders that could not run included."""
 
 
-def runs(found: Sequence[Row]) -> list[Run]:
-    """Rows by run and batch; of several runs of the same on the same device, the last."""
+class Shown(NamedTuple):
+    """Which runs are shown, of those of the same device and sizes. Ratios are of one run always.
+
+    Attributes:
+        main: the last that timed plain MoCo, or the last if none did. fed: the last fed from files, unless that is
+            `main`, or empty. ablation: the last with ablations, or empty.
+    """
+
+    main: Run
+    fed: Run
+    ablation: Run
+
+
+def shown(found: Sequence[Row]) -> list[Shown]:
+    """The runs to show, for each device and sizes."""
     by_run: dict[tuple[str, ...], Run] = {}
     for row in sorted(found, key=lambda row: row["date"]):
         by_run.setdefault((row["date"], str(row["batch"])), []).append(row)
-    return list({_what(run): run for run in by_run.values()}.values())
+    same: dict[str, list[Run]] = {}
+    for run in by_run.values():
+        same.setdefault(_what(run), []).append(run)
+    return [_shown(several) for several in same.values()]
+
+
+def _shown(several: Sequence[Run]) -> Shown:
+    def last(matches: Callable[[Row], bool]) -> Run:
+        return next((run for run in reversed(several) if any(map(matches, run))), [])
+
+    main = last(lambda row: row["contender"] == step_rows.BASES[0] and row["n"]) or several[-1]
+    fed = last(lambda row: row["contender"] == "synco_from_files")
+    return Shown(main, fed if fed is not main else [], last(_is_ablated))
+
+
+def _is_ablated(row: Row) -> bool:
+    return bool(row["contender"].startswith(_ABLATED))
 
 
 def _what(run: Run) -> str:
@@ -46,21 +75,26 @@ def _what(run: Run) -> str:
     return f"{run[0]['device']}{threads}: {setting(run[0])}"
 
 
-def markdown(run: Run) -> str:
-    """Both tables of a run, those that are not empty, with what made it."""
-    versions = run[0]["versions"]
-    parts = [
-        f"{_what(run)}; torch {versions['torch']}, {run[0]['commit']}, {run[0]['date'][:10]}, "
-        f"median of {max(row['n'] for row in run)} rounds. In brackets: intervals of 95%."
-    ]
-    ablated = [row for row in run if row["contender"].startswith(_ABLATED)]
-    plain = [row for row in run if row not in ablated]
-    if plain:
-        parts.append(_table(_MAIN, [_main_cells(row) for row in plain]))
-    if ablated:
-        base = [row for row in run if row["contender"] == "synco"]
-        parts.append(_table(_ABLATION, [_ablation_cells(row, base) for row in [*base, *ablated]]))
+def markdown(these: Shown) -> str:
+    """The tables, those that are not empty, each with what made it."""
+    parts = []
+    for run in (these.main, these.fed):
+        plain = [row for row in run if not _is_ablated(row)]
+        if plain:
+            parts += [_heading(run), _table(_MAIN, [_main_cells(row) for row in plain])]
+    if these.ablation:
+        base = [row for row in these.ablation if row["contender"] == "synco"]
+        ablated = [_ablation_cells(row, base) for row in (*base, *filter(_is_ablated, these.ablation))]
+        parts += [_heading(these.ablation), _table(_ABLATION, ablated)]
     return "\n\n".join(parts)
+
+
+def _heading(run: Run) -> str:
+    said = f"{step_rows.NO_INTERVAL}." if step_rows.has_few_rounds(run) else "in brackets: intervals of 95%."
+    return (
+        f"{_what(run)}; torch {run[0]['versions']['torch']}, {run[0]['commit']}, {run[0]['date'][:10]}, "
+        f"median of {max(row['n'] for row in run)} rounds; {said}"
+    )
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -106,7 +140,7 @@ def draw(found: Sequence[Row], folder: Path) -> list[Path]:
     Raises:
         UserError: no row has a time against plain MoCo.
     """
-    timed = [[row for row in run if row["ratio_to_moco_eager"] is not None] for run in runs(found)]
+    timed = [[row for row in run if row["ratio_to_moco_eager"] is not None] for run, _, _ in shown(found)]
     timed = [run for run in timed if run]
     if not timed:
         raise UserError("no row has a ratio to moco_eager, so there is nothing to draw: run it with the others")
@@ -137,10 +171,10 @@ def bars(run: Run) -> Figure:
     figure = Figure(figsize=(8.5, 1.3 + 0.3 * len(run)), layout="constrained")
     ax = figure.subplots()
     ratios = [row["ratio_to_moco_eager"] for row in run]
-    middles, ends = [ratio["median"] for ratio in ratios], [ratio["high"] for ratio in ratios]
+    middles, lows, ends = ([_drawn(ratio, key) for ratio in ratios] for key in ("median", "low", "high"))
     spread = [
-        [ratio["median"] - ratio["low"] for ratio in ratios],
-        [ratio["high"] - ratio["median"] for ratio in ratios],
+        [middle - low for middle, low in zip(middles, lows, strict=True)],
+        [end - middle for middle, end in zip(middles, ends, strict=True)],
     ]
     look: Any = {"color": [_colour(row) for row in run], "edgecolor": "white"}
     ax.barh(range(len(run)), middles, xerr=spread, error_kw={"lw": 0.9, "ecolor": "#555555"}, **look)
@@ -148,12 +182,18 @@ def bars(run: Run) -> Figure:
         plots.note(ax, end, at, f"{middle:.2f}  ({plots.number_text(row['images_per_second'])} images/s)")
     ax.set(xlim=(0, 1.35 * max(ends)), yticks=range(len(run)), yticklabels=[row["contender"] for row in run])
     ax.axvline(1, color="#8c8c8c", lw=0.9, ls="--")
-    ax.set_title("whole training steps (line: interval of 95%)")
+    said = step_rows.NO_INTERVAL if step_rows.has_few_rounds(run) else "line: interval of 95%"
+    ax.set_title(f"whole training steps ({said})")
     ax.set_xlabel("images a second, in multiples of plain MoCo's")
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
     return _titled(figure, run)
+
+
+def _drawn(ratio: Row, key: str) -> float:
+    """Where there is no interval, its ends are the median, and nothing is seen of it."""
+    return float(ratio["median"] if ratio[key] is None else ratio[key])
 
 
 def batches(several: Sequence[Run]) -> Figure:
@@ -164,10 +204,14 @@ def batches(several: Sequence[Run]) -> Figure:
         line = sorted((row for run in several for row in run if row["contender"] == name), key=lambda row: row["batch"])
         xs, look = [row["batch"] for row in line], {"color": _colour(line[0]), "marker": "o", "label": name}
         rates.plot(xs, [row["images_per_second"] for row in line], **look)
-        middle, low, high = ([row["ratio_to_moco_eager"][key] for row in line] for key in ("median", "low", "high"))
+        middle, low, high = (
+            [_drawn(row["ratio_to_moco_eager"], key) for row in line] for key in ("median", "low", "high")
+        )
         ratios.plot(xs, middle, **look)
         ratios.fill_between(xs, low, high, color=look["color"], alpha=0.15, lw=0)
-    for ax, title in ((rates, "images a second"), (ratios, "in multiples of plain MoCo's (band: interval of 95%)")):
+    few = any(map(step_rows.has_few_rounds, several))
+    said = step_rows.NO_INTERVAL if few else "band: interval of 95%"
+    for ax, title in ((rates, "images a second"), (ratios, f"in multiples of plain MoCo's ({said})")):
         ticks = sorted({row["batch"] for run in several for row in run})
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, list(map(str, ticks)))
@@ -204,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = [row for file in options.files for row in rows.read(file, step_rows.FIELDS, "bench.step")]
-        print("\n\n".join(markdown(run) for run in runs(found)))
+        print("\n\n".join(map(markdown, shown(found))))
         for path in draw(found, options.output) if options.output is not None else ():
             print(path, file=sys.stderr)
     except (UserError, OSError) as error:

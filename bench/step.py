@@ -41,6 +41,7 @@ from synco_fast.ops import HardNegatives
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _SETTLING, _WATCHED = 3, 2
+_RECOMPILE_LIMIT = 64
 _COMPILED = ("moco_compiled",)
 _QUICK_HARD: dict[str, HardNegatives] = {
     "moco": PRESETS["moco"],
@@ -150,6 +151,9 @@ def _take(step: Step, steps: int) -> None:
 def measure(options: argparse.Namespace, batch: int, yardstick: Yardstick, about: Row) -> list[Row]:
     """The rows of every contender at one batch; those that fail become rows that say so."""
     torch.compiler.reset()
+    # All contenders' encoders share code objects: one more than the limit would be left uncompiled without a word.
+    torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     configs = {method: config_of(options, method, batch) for method in PRESETS}
     flops = model_flops(configs["moco"])
     batches = random_batches(configs["moco"], torch.device(options.device))

@@ -326,7 +326,8 @@ def ablated_keys(config: Config, device: torch.device) -> Iterable[str]:
     yield "speed.channels_last=false"
     yield f"speed.compile={'false' if compiled else 'true'}"
     yield f"trainer.precision={'fp32' if config.trainer.precision == 'bf16' else 'bf16'}"
-    yield "speed.key_twin=true"
+    if config.trainer.precision == "bf16":
+        yield "speed.key_twin=true"
     yield "speed.recompute=true"
     yield "bn.mode=plain"
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from bench.measure import Interval, paired_ratio, quantiles
+from bench.measure import ENOUGH_ROUNDS, paired_ratio, quantiles
 from bench.rows import Row, rounded
 from synco_fast.config import Config
 from synco_fast.ops import KINDS
@@ -55,8 +55,11 @@ rounds in `ms_of_each_round`, each of `steps` steps. peak_bytes: of a step, with
 images; on a GPU only. model_flops: of MoCo's step, the same for all. peak_flops: of a large product in this precision,
 in the same rounds. mfu: the share that model_flops in median_ms are of it. hours_200_epochs: for 1,281,167 images each,
 on this device alone. ratio_to_...: images a second over that contender's, paired by rounds: {median, low, high}, an
-interval of 95%.
+interval of 95%, whose ends are null where there were fewer than 6 rounds.
 """
+
+NO_INTERVAL = f"fewer than {ENOUGH_ROUNDS} rounds: no interval"
+"""Said where an interval would stand."""
 
 
 class Timed(NamedTuple):
@@ -102,8 +105,7 @@ def measured(description: Row, timed: Timed, about: Row) -> Row:
     per_second = 1e3 * batch / ms.median
     bases = {base: timed.bases.get(base) for base in BASES}
     ratios = {
-        f"ratio_to_{base}": None if times is None else _as_row(paired_ratio(timed.times, times))
-        for base, times in bases.items()
+        f"ratio_to_{base}": None if times is None else _ratio(timed.times, times) for base, times in bases.items()
     }
     row = {
         **description,
@@ -131,12 +133,13 @@ def skipped(description: Row, reason: str, about: Row) -> Row:
 
 
 def ratio_of(row: Row, base: Row) -> Row:
-    """Of the speeds of two rows of one run, paired by rounds: {median, low, high}."""
-    return _as_row(paired_ratio(row["ms_of_each_round"], base["ms_of_each_round"]))
+    """Of the speeds of two rows of one run, paired by rounds: {median, low, high}, the latter two null as in a row."""
+    return _ratio(row["ms_of_each_round"], base["ms_of_each_round"])
 
 
-def _as_row(interval: Interval) -> Row:
-    return {name: rounded(value) for name, value in interval._asdict().items()}
+def _ratio(times: Sequence[float], base: Sequence[float]) -> Row:
+    found: Row = {name: rounded(value) for name, value in paired_ratio(times, base)._asdict().items()}
+    return found if len(times) >= ENOUGH_ROUNDS else found | {"low": None, "high": None}
 
 
 _HEADER = (
@@ -175,12 +178,20 @@ def _block(rows: Sequence[Row]) -> str:
             f"{row['mfu']:.1%}",
         )
         lines.append(" ".join(f"{cell:{form}}" for cell, (_, form) in zip(cells, _HEADER, strict=True)).rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *([NO_INTERVAL] if has_few_rounds(rows) else [])])
+
+
+def has_few_rounds(rows: Sequence[Row]) -> bool:
+    """Whether any that was timed has too few rounds for an interval."""
+    return any(0 < row["n"] < ENOUGH_ROUNDS for row in rows)
 
 
 def ratio_text(ratio: Row | None) -> str:
-    """The median and its interval, or nothing."""
-    return "" if ratio is None else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    """The median and its interval, the median alone, or nothing."""
+    if ratio is None:
+        return ""
+    ends = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"{ratio['median']:.2f}{ends}"
 
 
 def setting(row: Row) -> str:

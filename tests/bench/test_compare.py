@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 
 from bench import compare, rows
 from bench.rows import Row
-from tests.bench.step_rows import step_rows
+from bench.step_rows import FIELDS, skipped
+from tests.bench.step_rows import ABOUT, step_rows
 from tests.conftest import REPOSITORY
 
 Made = Callable[..., list[Row]]
@@ -86,14 +88,63 @@ def test_noise_and_a_slower_machine_pass_and_a_slowdown_fails(
 
 def test_a_change_within_the_noise_of_few_rounds_passes(tmp_path: Path) -> None:
     old, new = (
-        step_rows({"moco_eager": [100.0, 140.0, 90.0], "synco": times}) for times in ([50, 75, 40], [55, 60, 52])
+        step_rows({"moco_eager": [100.0, 140.0, 90.0] * 2, "synco": times * 2})
+        for times in ([50, 75, 40], [55, 60, 52])
     )
     assert code(tmp_path, old, new) == 0
 
 
+def test_fewer_than_6_rounds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code(tmp_path, of_steps(0), step_rows({"moco_eager": [2.0] * 5, "synco": [1.0] * 5})) == 2
+    assert f"{tmp_path / 'new.jsonl'}: synco / moco_eager has n = 5: expected 6 or more" in capsys.readouterr().err
+
+
+def test_the_more_rows_the_more_is_wanted_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A change that leaves no doubt of 95% alone, and some beside 19 other rows.
+
+    13 of 40 rounds are as fast as before. Drawn anew, more than half are with a probability of 0.7%, as the binomial
+    distribution has it: less than 2.5%, more than 2.5% / 20.
+    """
+    before, after = [100.0] * 40, [100.0] * 13 + [110.0] * 27
+    times = {"moco_eager": [100.0] * 40, "synco": before}
+    others = {f"synco {number}": before for number in range(19)}
+    assert code(tmp_path, step_rows(times), step_rows({**times, "synco": after})) == 1
+    assert "intervals of 95.00% each, of 95% together" in capsys.readouterr().out
+    assert code(tmp_path, step_rows(times | others), step_rows({**times, **others, "synco": after})) == 0
+    printed = capsys.readouterr().out
+    assert "synco / moco_eager: +10.0% of time [+0.0%, +10.0%]" in printed and "intervals of 99.75% each" in printed
+
+
+def test_a_run_without_plain_moco_is_divided_by_the_next_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = {"moco_eager": [2.0] * 6, "synco": [1.0] * 6}
+    ours = {"moco": [3.0] * 6, "synco": [2.0] * 6}
+    ablated = {"synco": [4.0] * 6, "synco bn.mode=plain": [2.0] * 6}
+    alone = {"mochi": [1.0] * 6}
+    old = [row for year, times in enumerate((main, ours, ablated, alone)) for row in step_rows(times, date=f"{year}")]
+    asked = {name: old[0][name] for name in FIELDS[: FIELDS.index("images_per_second")]}
+    failed = skipped({**asked, "contender": "published"}, "out of memory", {**ABOUT, "date": "0"})
+    ablated["synco bn.mode=plain"] = [2.2] * 6
+    new = [row for year, times in enumerate((main, ours, ablated)) for row in step_rows(times, date=f"{year}")]
+    assert code(tmp_path, [*old, failed], new) == 1
+    lines = capsys.readouterr().out.splitlines()
+    path = tmp_path / "old.jsonl"
+    assert f"published: not compared, out of memory; {path}, 0" in lines
+    assert f"mochi: not compared, its run has no moco_eager or moco or synco; {path}, 3" in lines
+    compared = [line.partition(":")[::2] for line in lines if "% of time" in line]
+    assert [(re.split(r" [(/]", name)[0], name.rpartition(" / ")[2]) for name, _ in compared] == [
+        ("synco", "moco_eager"),
+        ("synco", "moco"),
+        ("synco bn.mode=plain", "synco"),
+    ]
+    assert [said.split()[0] for _, said in compared] == ["+0.0%", "+0.0%", "+10.0%"]
+    assert "3 compared to moco_eager, moco, synco within each run, 1 slower" in lines[-1]
+
+
 def test_rows_on_one_side_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    times = {"moco_eager": [2.0, 2.0, 2.0], "moco": [1.0, 1.0, 1.0]}
-    assert code(tmp_path, step_rows({**times, "mochi": [1.0] * 3}), step_rows({**times, "synco": [1.0] * 3})) == 0
+    times = {"moco_eager": [2.0] * 6, "moco": [1.0] * 6}
+    assert code(tmp_path, step_rows({**times, "mochi": [1.0] * 6}), step_rows({**times, "synco": [1.0] * 6})) == 0
     printed = capsys.readouterr().out
     assert "moco (" in printed and "+0.0% of time" in printed
     assert f"only in {tmp_path / 'old.jsonl'}" in printed and f"only in {tmp_path / 'new.jsonl'}" in printed
@@ -108,7 +159,8 @@ def test_rows_on_one_side_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
         (of_kernels(0), of_kernels(0, K=4096), "K is 65536 in the one and 4096 in the other"),
         (of_loader(0), of_loader(0, threads=1), "threads is 2 in the one and 1 in the other"),
         (of_steps(0), of_kernels(0), "rows of bench.step and"),
-        (of_steps(0)[1:], of_steps(0), "no row of moco_eager"),
+        (step_rows({"mochi": [1.0] * 6}), of_steps(0), "no row of moco_eager or moco or synco"),
+        (of_steps(0)[1:], of_steps(0), "no row of the one has the sizes, device and plain contender"),
         ([{"a": 1}], of_steps(0), "line 1: expected a row of bench.kernels, bench.step, bench.loader"),
     ),
 )
@@ -127,11 +179,18 @@ def test_ratios_to_different_bases_are_not_compared(tmp_path: Path, capsys: pyte
     assert "no row of the one has" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ("kernels", "kernels-sweeps", "loader"))
-def test_results_that_are_kept_can_be_compared(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(REPOSITORY / f"bench/results/{name}-cpu-2026-11-25.jsonl")
+def test_results_that_are_kept_can_be_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(REPOSITORY / "bench/results/kernels-cpu-2026-11-25.jsonl")
     assert compare.main([path, path]) == 0
     assert " 0 slower" in capsys.readouterr().out
+
+
+def test_kept_results_of_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(REPOSITORY / "bench/results/loader-cpu-2026-11-25.jsonl")
+    assert compare.main([path, path]) == 2
+    printed = capsys.readouterr()
+    assert "has n = 5: expected 6 or more" in printed.err
+    assert "pretrain: not compared, has no rounds" in printed.out, "a row of another kind"
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from bench import cifar
+from bench import cifar, compare, report
 from bench.headline import Hollow, headline
 from synco_fast.config import load
 from synco_fast.ops import KINDS
 from tests.conftest import REPOSITORY, environment
 
 SCRIPT = REPOSITORY / "bench" / "gpu.sh"
-ROWS = ("kernels", "step", "loader", "end_to_end", "cifar")
+ROWS = ("kernels", "step", "loader", "end_to_end", "cifar", "ablation")
 
 
 def variables(**given: object) -> dict[str, str]:
@@ -62,7 +62,9 @@ def test_what_cannot_be_is_refused(given: dict[str, str], message: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_failures_cost_themselves_and_a_second_run_mends_them(images: Path, tmp_path: Path) -> None:
+def test_failures_cost_themselves_and_a_second_run_mends_them(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One stage runs out of time, one has no data; then all that is not ok runs again, on images in archives."""
     out, flat, foldered = tmp_path / "out", tmp_path / "flat.tar", tmp_path / "cifar10.tar.xz"
     with tarfile.open(flat, "w") as archive:
@@ -87,7 +89,7 @@ def test_failures_cost_themselves_and_a_second_run_mends_them(images: Path, tmp_
     with tarfile.open(out / "logs.tar") as archive:
         logs = {name: archive.extractfile(name).read().decode() for name in archive.getnames()}  # type: ignore[union-attr]
     expected = first | {"sanitizer": "skipped: no GPU", "kernels": "ok", "step": "ok", "loader": "ok"}
-    assert statuses(out) == expected | {"end_to_end": "ok"}, (done.stdout, logs)
+    assert statuses(out) == expected | {"end_to_end": "ok", "ablation": "ok"}, (done.stdout, logs)
     assert done.returncode == 0
     assert "cifar: ok in an earlier run; STAGES=cifar runs it again" in done.stdout
     assert rows_of(out / "cifar.jsonl") == trained
@@ -95,7 +97,46 @@ def test_failures_cost_themselves_and_a_second_run_mends_them(images: Path, tmp_
     left = {"summary.txt", "logs.tar", *(f"{stage}.jsonl" for stage in ROWS)}
     assert {path.name for path in out.iterdir()} == left
     shown = done.stdout.partition("=== ")[2].splitlines()
-    assert len(shown) == 11 and max(map(len, shown[1:])) <= 140, "two runs and eight stages"
+    assert len(shown) == 12 and max(map(len, shown[1:])) <= 140, "two runs and nine stages"
+    assert re.search(
+        r"^ablation +ok +\d+s  fastest of \d+ changes: \S.*, \d+\.\d\d of synco's images/s$", done.stdout, re.M
+    )
+    is_ablated = [row["contender"].startswith("synco ") for row in rows_of(out / "step.jsonl")]
+    assert len(is_ablated) == 7 and not any(is_ablated), "all that are not compiled"
+
+    step, ablation = str(out / "step.jsonl"), str(out / "ablation.jsonl")
+    assert report.main([step, ablation, "--output", str(tmp_path / "plots")]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"| `{name}` |" in printed for name in ("moco_eager", "published", "synco", "speed.recompute=true"))
+    assert compare.main([step, step]) == 2
+    assert "has n = 2: expected 6 or more" in capsys.readouterr().err
+
+
+def test_what_is_compiled_is_kept_for_later_runs(tmp_path: Path) -> None:
+    """Not below TMPDIR, which is the run's own and is removed."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$TORCHINDUCTOR_CACHE_DIR $TRITON_CACHE_DIR $TMPDIR" >> {tmp_path}/seen\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    for out in ("first", "second"):
+        assert (
+            gpu(DRY_RUN=1, STAGES="build", OUT=tmp_path / out, PYTHON=python, DATA=tmp_path, CIFAR=tmp_path).returncode
+            == 0
+        )
+    of_stages = [line.split() for line in (tmp_path / "seen").read_text().splitlines() if str(REPOSITORY) in line]
+    assert {(inductor, triton) for inductor, triton, _ in of_stages} == {
+        (f"{REPOSITORY}/build/compiled/inductor", f"{REPOSITORY}/build/compiled/triton")
+    }
+    assert len({temporary for *_, temporary in of_stages}) == 2, "one of each run"
+
+
+def test_limits_of_all_stages_are_530_seconds() -> None:
+    [limits] = re.findall(r"^declare -A LIMITS=\((.*?)\)", SCRIPT.read_text(), re.M | re.S)
+    stages = re.findall(r"\[(\w+)\]=(\d+)", limits)
+    assert sum(int(seconds) for _, seconds in stages) == 530
+    assert re.search(r"^ALL=\((.*)\)", SCRIPT.read_text(), re.M)[1].split() == [stage for stage, _ in stages]  # type: ignore[index]
 
 
 def test_a_signal_stops_it_and_all_it_started(tmp_path: Path) -> None:
@@ -121,8 +162,12 @@ def session(pid: str) -> int | None:
     ("method", "epochs", "counts", "warmup"),
     [
         ("moco", 1, (0, 0, 0, 0, 0, 0), 0),
-        ("mochi", 10, (32, 0, 256, 0, 0, 0), 0),
-        ("synco", 10, (64, 64, 64, 16, 16, 16), 0),
+        ("moco", 10, (0, 0, 0, 0, 0, 0), 1),
+        ("mochi", 10, (32, 0, 256, 0, 0, 0), 1),
+        ("synco", 1, (64, 64, 64, 16, 16, 16), 0),
+        ("synco", 2, (64, 64, 64, 16, 16, 16), 1),
+        ("synco", 10, (64, 64, 64, 16, 16, 16), 1),
+        ("synco", 60, (64, 64, 64, 16, 16, 16), 3),
         ("synco", 200, (64, 64, 64, 16, 16, 16), 10),
     ],
 )
@@ -142,6 +187,15 @@ def test_a_short_run_has_the_settings_of_the_long_one(
 MEASURED = {"contender": "cuda", "setting": "synco", "median_ms": 0.5, "device": "GPU"}
 ABSENT = {"contender": "cuda", "setting": "", "median_ms": None, "skipped": "no nvcc", "device": "GPU"}
 MOCO = {"contender": "moco_eager", "setting": "moco", "median_ms": 1.0, "device": "GPU"}
+STEP = {
+    "contender": "synco",
+    "images_per_second": 800.0,
+    "ms_of_each_round": [4.0, 4.0, 8.0],
+    "device": "GPU",
+    "date": "1",
+}
+FASTER = STEP | {"contender": "synco speed.recompute=true", "ms_of_each_round": [2.0, 5.0, 5.0]}
+SLOWER = STEP | {"contender": "synco bn.mode=plain", "ms_of_each_round": [4.0, 5.0, 9.0]}
 LOADED = {"contender": "synco_fast", "images_per_second": 4000.4, "augmentation": "compiled", "device": "GPU"}
 
 
@@ -152,6 +206,15 @@ LOADED = {"contender": "synco_fast", "images_per_second": 4000.4, "augmentation"
         ("kernels", [ABSENT, MOCO], False, "cuda was not timed: no nvcc"),
         ("kernels", [MEASURED, MOCO | {"device": "CPU"}], False, "a row is of CPU, not of GPU"),
         ("kernels", [], False, "no rows"),
+        ("step", [STEP, STEP | {"contender": "moco_eager", "date": "2"}], True, "synco 800 images/s"),
+        (
+            "ablation",
+            [STEP, SLOWER, FASTER],
+            True,
+            "fastest of 2 changes: speed.recompute=true, 1.60 of synco's images/s",
+        ),
+        ("ablation", [STEP, FASTER | {"date": "2"}], False, "no change was timed"),
+        ("ablation", [FASTER], False, "synco was not timed: it has no row"),
         ("loader", [LOADED | {"contender": "torchvision"}], False, "synco_fast was not timed: it has no row"),
         ("loader", [LOADED], True, "synco_fast 4000 images/s"),
         ("loader", [LOADED | {"augmentation": "plain"}], False, "plain torch made the views"),

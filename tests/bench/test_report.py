@@ -10,11 +10,12 @@ from bench.step_rows import FIELDS, skipped
 from tests.bench.step_rows import ABOUT, step_rows
 
 TIMES = {
-    "moco_eager": [200.0, 220.0, 180.0],
-    "moco": [100.0, 110.0, 90.0],
-    "synco": [125.0, 137.5, 112.5],
-    "synco speed.channels_last=false": [250.0, 275.0, 225.0],
+    "moco_eager": [200.0, 220.0, 180.0] * 2,
+    "moco": [100.0, 110.0, 90.0] * 2,
+    "synco": [125.0, 137.5, 112.5] * 2,
+    "synco speed.channels_last=false": [250.0, 275.0, 225.0] * 2,
 }
+FEW = {name: times[:5] for name, times in TIMES.items()}
 
 
 def found(**about: str) -> list[Row]:
@@ -30,11 +31,12 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_tables_hold_the_numbers_of_the_rows() -> None:
-    text = report.markdown(found())
+    [shown] = report.shown(found())
+    text = report.markdown(shown)
     assert text.startswith(
         "Slow CPU, 2 threads: resnet50, imagenet stem, 224 px, batch 64, K 65536, D 128, t 0.2, fp32;"
     )
-    assert "torch 9.9, abc1234, 2026-01-02, median of 3 rounds" in text
+    assert text.count("torch 9.9, abc1234, 2026-01-02, median of 6 rounds; in brackets: intervals of 95%.") == 2
     table = cells(text)
     # 64 images in 100 ms; 1e9 of 1e11 operations a second in a tenth of one; 256,233,400 images at 640 a second.
     moco = ["640", "100", "2.00 [2.00, 2.00]", "1.00 [1.00, 1.00]", "", "10.0%", "111 / 27.8 / 13.9"]
@@ -47,8 +49,42 @@ def test_tables_hold_the_numbers_of_the_rows() -> None:
 
 def test_a_later_run_of_the_same_replaces_the_earlier_and_other_sizes_stand_beside_it() -> None:
     later, other = found(date="2027-01-01T00:00:00+00:00"), step_rows(TIMES, batch=128)
-    runs = report.runs([*later, *found(), *other])
-    assert [(run[0]["date"][:4], run[0]["batch"], len(run)) for run in runs] == [("2027", 64, 5), ("2026", 128, 4)]
+    shown = report.shown([*later, *found(), *other])
+    for kind in ("main", "ablation"):
+        runs = [getattr(these, kind) for these in shown]
+        assert [(run[0]["date"][:4], run[0]["batch"], len(run)) for run in runs] == [("2027", 64, 5), ("2026", 128, 4)]
+
+
+def test_a_later_run_of_some_contenders_takes_nothing_from_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after bench/gpu.sh: all contenders, then synco fed from files, then synco and ablations, slower that day."""
+    fed = {"synco": [150.0] * 7, "synco_from_files": [300.0] * 7}
+    ablated = {"synco": [250.0] * 6, "synco speed.recompute=true": [200.0] * 6}
+    path = tmp_path / "rows.jsonl"
+    rows.append(path, step_rows(ablated, date="2029-01-01"))
+    rows.append(path, step_rows({name: TIMES[name] for name in ("moco_eager", "moco", "synco")}, date="2027-01-01"))
+    rows.append(path, step_rows(fed, date="2028-01-01"))
+    assert report.main([str(path), "--output", str(tmp_path / "plots")]) == 0
+    assert len(list((tmp_path / "plots").iterdir())) == 1
+    main, second, third = capsys.readouterr().out.split("Slow CPU, 2 threads: ")[1:]
+    assert "2027-01-01, median of 6 rounds" in main and list(cells(main))[2:] == ["`moco_eager`", "`moco`", "`synco`"]
+    assert cells(main)["`synco`"][1:3] == ["125", "1.60 [1.60, 1.60]"]
+    assert "2028-01-01, median of 7 rounds" in second and cells(second)["`synco_from_files`"][1:4] == ["300", "", ""]
+    assert "2029-01-01, median of 6 rounds" in third and cells(third)["nothing"][1] == "250"
+    assert cells(third)["`speed.recompute=true`"][1:3] == ["200", "1.25 [1.25, 1.25]"]
+
+
+def test_few_rounds_have_no_interval() -> None:
+    made = step_rows(FEW)
+    [shown] = report.shown(made)
+    text = report.markdown(shown)
+    assert text.count("median of 5 rounds; fewer than 6 rounds: no interval.") == 2 and "intervals" not in text
+    assert cells(text)["`synco`"][2:4] == ["1.60", "0.80"] and cells(text)["nothing"][2] == "1.00"
+    for figure in (report.bars(made), report.batches([made, step_rows(FEW, batch=128)])):
+        assert "fewer than 6 rounds: no interval" in figure.axes[-1].get_title()
+    lines = report.bars(made).axes[0].collections[0].get_segments()
+    assert all(len(set(line[:, 0])) == 1 for line in lines), "of no length"
 
 
 def test_figures_are_drawn_from_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
