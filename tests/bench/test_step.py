@@ -188,6 +188,11 @@ def test_the_interval_of_known_ratios() -> None:
     assert found == measure.paired_ratio([1.0] * 25, [float(value) for value in range(1, 26)])
 
 
+def test_far_quantiles_are_drawn_from_more() -> None:
+    drawn = {tail: len(measure.resampled_medians([1.0, 2.0], 0, tail)) for tail in (0.025, 0.00125, 1e-9)}
+    assert drawn == {0.025: 4000, 0.00125: 40_000, 1e-9: 100_000}
+
+
 def quick(tmp_path: Path, *arguments: str) -> list[Row]:
     """Rows of a quick run in this process."""
     path = tmp_path / "rows.jsonl"
