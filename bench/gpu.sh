@@ -54,7 +54,7 @@ stage_step() {
 }
 
 stage_loader() {
-  local options=(--rounds 3 --batches 20)
+  local options=(--rounds 6 --batches 10)
   if [ -n "$QUICK" ]; then options=(--rounds 1 --batches 2 --batch 8 --size 32); fi
   unpack "$DATA" data
   "$PYTHON" -m bench.loader --data "$FOLDER" --device "$KIND" "${options[@]}" \
