@@ -128,11 +128,16 @@ def measure(op: Operands, hard: HardNegatives, rounds: int) -> dict[str, Any]:
 
 
 def _clocked(shares: dict[str, float], hard: HardNegatives, kind: str, whole: float) -> tuple[float, float]:
-    """Milliseconds of a kind's own phase, and with its part of the draws, by vectors, and of the parents, by rows."""
-    rows = {name: hard.count(name) * (2 if name == "mixed" else 1) for name in hard.kinds}
-    draws = shares.get("draws", 0.0) * hard.count(kind) / hard.total
-    parents = shares.get("parents", 0.0) * rows[kind] / sum(rows.values())
+    """Milliseconds of a kind's own phase, and with what of the draws and parents leaving it out would save."""
+    draws = shares["draws"] * hard.count(kind) / hard.total
+    parents = shares["parents"] * (1 - _parents(hard, without=kind) / _parents(hard))
     return whole * shares[kind], whole * (shares[kind] + draws + parents)
+
+
+def _parents(hard: HardNegatives, without: str = "") -> float:
+    """Rows of the hard set that are somebody's parent, in the mean: each draw misses a row with 1 - 1 / N."""
+    draws = sum(hard.count(kind) * (2 if kind == "mixed" else 1) for kind in hard.kinds if kind != without)
+    return hard.n_hard * (1 - (1 - 1 / hard.n_hard) ** draws)
 
 
 def _call(op: Operands, hard: HardNegatives) -> Any:
