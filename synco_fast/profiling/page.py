@@ -129,9 +129,8 @@ def _kinds(result: dict[str, Any]) -> str:
         "The step, and the op alone on the queries, keys and queue of a step, timed in turn with and without each "
         "kind, in an order drawn anew each round: the median of the paired differences and its 95% bootstrap interval. "
         "Beside it the clocks inside the op: the kind's own phase, and the same with its part of the draws and with "
-        "the parents' rows that no other kind has drawn, which leaving it out saves, too. They agree where that lies in "
-        "the interval. All of them "
-        "together include what no single kind saves: the selection of the hard set.",
+        "the parents' rows that no other kind has drawn, which leaving it out saves, too. They agree where that lies "
+        "in the interval. All of them together include what no single kind saves: the selection of the hard set.",
     )
 
 
