@@ -94,7 +94,8 @@ def check_same_run(state: dict[str, Any], path: Path, config: Config, data: dict
     Raises:
         UserError: listing the keys that differ, or that the data set is another.
     """
-    before, now = _flatten(saved_config(state, path).model_dump()), _flatten(config.model_dump())
+    # A key that is newer than the checkpoint was at its default.
+    before, now = _flatten(Config().model_dump()) | _flatten(state["config"]), _flatten(config.model_dump())
     changed = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
