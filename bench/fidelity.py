@@ -42,10 +42,11 @@ def pipeline_views(
     """All images' views from the DALI pipeline: (n, size, size, 3) uint8."""
     encoded = [read_image(index.sample(i))[0] for i in range(len(index))]
     numbers = view_numbers(parameters, recipe, size).numpy()
-    batches = iter([[encoded, numbers, numbers]])
+    batches = iter([[encoded, numbers]])
     pipeline = train_pipeline(
         lambda: next(batches),
         recipe=recipe,
+        views=1,
         batch_size=len(index),
         image_size=size,
         dtype=torch.float32,

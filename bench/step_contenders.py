@@ -27,7 +27,7 @@ from synco_fast.models.encoders import Encoder
 from synco_fast.models.queue import KeyQueue
 from synco_fast.profiling.peak import encoder_flops
 
-Views = tuple[Tensor, Tensor]
+Views = tuple[Tensor, ...]
 """Images of queries and of keys (B, 3, H, W)."""
 
 Step = Callable[[], Tensor]
@@ -52,7 +52,7 @@ def random_batches(config: Config, device: torch.device) -> Batches:
     generator = torch.Generator(device).manual_seed(config.seed)
     images = [torch.randn(shape, generator=generator, device=device) for _ in range(2 * _BATCHES)]
     last = [image.contiguous(memory_format=torch.channels_last) for image in images]
-    of_both = [list(zip(kept[::2], kept[1::2], strict=True)) for kept in (images, last)]
+    of_both: list[list[Views]] = [list(zip(kept[::2], kept[1::2], strict=True)) for kept in (images, last)]
     return Batches(*of_both)
 
 

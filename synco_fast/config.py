@@ -5,6 +5,7 @@ work are refused together, each by its path. What depends on the number of proce
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from synco_fast import config_text
+from synco_fast.errors import UserError
 from synco_fast.ops import KINDS, HardNegatives
 
 COUNT_MAX = 2**31 - 1
@@ -246,6 +248,30 @@ def parse(values: dict[str, Any], source: str) -> Config:
     raise config_text.listing(f"{source}: the configuration cannot be used", problems)
 
 
+class _Preparation(Section):
+    data: Data
+
+
+def prepare(data: Data, overrides: Sequence[str]) -> Data:
+    """How images are prepared: `data`, with overrides `data.KEY=VALUE` on top.
+
+    Raises:
+        UserError: naming each key that is wrong, its value, and what is allowed.
+    """
+    values: dict[str, Any] = {"data": data.model_dump()}
+    for override in overrides:
+        config_text.apply_override(values, override)
+    paths = {path: text for path, text in key_paths().items() if path.startswith("data.")}
+    try:
+        data = _Preparation.model_validate(values).data
+    except ValidationError as error:
+        raise config_text.listing("--set", [config_text.describe(item, paths) for item in error.errors()]) from error
+    problem = _resize_conflict(data)
+    if problem:
+        raise UserError(f"--set: {problem}")
+    return data
+
+
 def key_paths() -> dict[str, str]:
     """Every key's dotted path with its description."""
     paths = {}
@@ -287,8 +313,7 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(
             f"trainer.accumulate = {config.trainer.accumulate}: must divide data.batch_size = {data.batch_size}"
         )
-    if data.eval_resize < data.image_size:
-        problems.append(f"data.eval_resize = {data.eval_resize}: must be at least data.image_size = {data.image_size}")
+    problems += filter(None, [_resize_conflict(data)])
     if config.optim.milestones != sorted(set(config.optim.milestones)):
         problems.append(f"optim.milestones = {config.optim.milestones}: must ascend without repeats")
     if hard.total and negatives.warmup_epochs >= config.trainer.epochs:
@@ -306,6 +331,12 @@ def _conflicts(config: Config) -> list[str]:
             f"must be below trainer.epochs = {config.trainer.epochs}"
         )
     return problems + _speed_conflicts(config) or _group_conflicts(config, processes=1)
+
+
+def _resize_conflict(data: Data) -> str | None:
+    if data.eval_resize >= data.image_size:
+        return None
+    return f"data.eval_resize = {data.eval_resize}: must be at least data.image_size = {data.image_size}"
 
 
 def _speed_conflicts(config: Config) -> list[str]:

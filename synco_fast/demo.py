@@ -18,9 +18,9 @@ from synco_fast.data.procedural import write_demo_set
 from synco_fast.data.recipes import RECIPES
 from synco_fast.engine import checkpoints
 from synco_fast.engine.distributed import Processes, choose_device
-from synco_fast.engine.evaluate import query_encoder
 from synco_fast.engine.probe import evaluation_loader, held_out_like
 from synco_fast.engine.run import build_contrast, pretrain
+from synco_fast.engine.weights import query_encoder
 from synco_fast.errors import Interrupted
 from synco_fast.evaluation.baselines import knn_baselines
 from synco_fast.evaluation.report import baseline_rows, knn_rows, read_run, write_report
@@ -88,7 +88,7 @@ def measure_baselines(config: Config, bank: Index, held_out: Index) -> dict[str,
     shuffled = bank.take(epoch_order(len(bank), config.seed, epoch=0).tolist())
     accuracy = knn_baselines(
         query_encoder({"model": start}, config).backbone.to(device),
-        *(evaluation_loader(config, alone, index) for index in (bank, held_out, shuffled)),
+        *(evaluation_loader(config.data, alone, index) for index in (bank, held_out, shuffled)),
         k=config.knn.k,
         temperature=config.knn.temperature,
         device=device,

@@ -1,8 +1,13 @@
-"""The exceptions that the command line prints as a message, without a traceback."""
+"""The exceptions that the command line prints as a message, without a traceback, and its exit codes."""
 
 
 class UserError(Exception):
     """Something the user gave cannot work. The message names the thing, what was expected, and what to do."""
+
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 75
+"""Stopped by a signal with its state saved: start it again with --resume auto (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Interrupted(Exception):

@@ -1,9 +1,10 @@
 """Writing files so that a reader never finds half of one, and reading what was appended to until a crash."""
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +39,38 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def check_folder(folder: Path, known: Collection[str], what: str) -> None:
+    """Refuse a folder for results that holds anything but the known files (or folders), or cannot be written to.
+
+    Args:
+        folder: may not be there yet. known: names that what is to be written may replace. what: leaves them there.
+
+    Raises:
+        UserError: naming what is in the way; nothing has been written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: expected a folder, and it is a file; name another")
+    mine = {*known, *(f".{name}.tmp" for name in known)}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in mine) if folder.exists() else []
+    if others:
+        raise UserError(f"--output {folder}: holds {others[0]}, which no {what} left there; name another folder")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output {folder}: {existing} cannot be written to; name another folder")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot make the folder: {error.strerror}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and links within a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -45,6 +78,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] =
     "cut short": (cut, ("not a readable checkpoint",)),
     "one bit flipped": (flip_a_bit, ("not a readable checkpoint", "damaged")),
     "weights alone": (lambda file: torch.save({"state_dict": {}}, file), ("not a checkpoint of synco-fast", "config")),
-    "a list": (lambda file: torch.save([1, 2], file), ("not a checkpoint of synco-fast",)),
+    "a list": (lambda file: torch.save([1, 2], file), ("not a checkpoint", "holds a list")),
     "without its rng": (edited(lambda state: state.pop("rng")), ("not a checkpoint of synco-fast", "lacks rng")),
     "step as text": (edited(lambda state: state.update(step="1")), ("not a checkpoint of synco-fast", "step")),
     "queue of another size": (edited(lambda state: state["model"].update({"queue.rows": WRONG_ROWS})), ("queue.rows",)),

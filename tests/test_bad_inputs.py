@@ -224,8 +224,7 @@ USAGE: list[tuple[list[str], tuple[str, ...]]] = [
     (["pretrain", "x.yaml", "--set"], ("--set",)),
     (["pretrain", "x.yaml", "y.yaml"], ("y.yaml",)),
     (["knn", "x.pt"], ("--data",)),
-    (["knn", "x.pt", "--data", "y", "--k", "0"], ("--k", "equal to 1")),
-    (["knn", "x.pt", "--data", "y", "--k", "many"], ("--k", "integer")),
+    (["knn", "x.pt", "--data", "y", "--device", "gpu"], ("--device", "gpu")),
     (["data", "stats"], ("root",)),
     (["data", "verify", "x", "--workers", "0"], ("--workers", "equal to 1")),
     (["data", "view", "x", "--image-size", "5000"], ("--image-size", "4096")),
@@ -239,10 +238,17 @@ def test_usage(arguments: list[str], names: tuple[str, ...]) -> None:
     assert done.code == 2
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "0.1,0", "0.1,", "warm"])
 def test_knn_temperature(value: str) -> None:
     done = call("knn", "x.pt", "--data", "y", "--temperature", value)
     check_error(done.code, done.err, ("--temperature", value))
+    assert done.code == 1
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "many", "10,", ""])
+def test_knn_k(value: str) -> None:
+    done = call("knn", "x.pt", "--data", "y", f"--k={value}")
+    check_error(done.code, done.err, ("--k", value))
     assert done.code == 1
 
 

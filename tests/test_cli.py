@@ -21,7 +21,7 @@ HELP = {
     "": ("demo", "pretrain", "knn", "profile", "data", "doctor", "--version"),
     "demo": ("--output",),
     "pretrain": ("CONFIG", "--set", "KEY=VALUE", "--data", "--resume", "--print-config"),
-    "knn": ("checkpoint", "--data", "--k", "--temperature"),
+    "knn": ("checkpoint", "--data", "--k", "--temperature", "--set", "--device", "--precision", "--output"),
     "profile": ("CONFIG", "--set", "--data", "--synthetic", "--steps", "--rounds", "--output"),
     "data": ("view", "stats", "pack"),
     "data view": ("root", "--output", "--images", "--recipe", "--image-size", "--seed"),
@@ -128,12 +128,18 @@ def test_pretrain_and_knn(images: Path, tmp_path: Path) -> None:
     assert yaml.safe_load(printed) == written.model_dump()
 
     checkpoint = output / "checkpoints" / "latest.pt"
-    done = call("knn", checkpoint, "--data", images, "--k", "7", "--temperature", "0.2")
+    done = call(
+        "knn", checkpoint, "--data", images, "--k", "7,200", "--temperature", "0.2,0.07", "--output", tmp_path / "knn"
+    )
     assert done.code == 0, done.err
     accuracy = rows[-1]["accuracy"]
-    assert done.out == f"kNN accuracy {accuracy:.2%} (k 7, t 0.2, bank 100, held out 20)\n"
-    done = call("knn", checkpoint, "--data", images)
-    assert "(k 100, t 0.07, bank 100, held out 20)" in done.out
+    assert done.out.startswith(f"kNN accuracy {accuracy:.2%} (k 7, t 0.2)\n")
+    result = json.loads((tmp_path / "knn" / "result.json").read_text())
+    assert result["metrics"] == {"accuracy": accuracy} and result["used"] == {"bank": 100, "held_out": 20}
+    swept = [(row["k"], row["temperature"]) for row in result["accuracies"]]
+    assert swept == [(7, 0.2), (7, 0.07), (100, 0.2), (100, 0.07)]
+    assert result["weights"]["step"] == 2 and result["data"]["train"]["images"] == 100
+    assert "knn, images: 120/120" in done.err
 
     done = call("pretrain", file, "--data", images, *options, "--resume", "auto")
     assert done.code == 0, done.err

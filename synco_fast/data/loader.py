@@ -19,7 +19,7 @@ from synco_fast.data.corrupt import BadSamples, OnCorrupt
 from synco_fast.data.numbers import evaluation_numbers, view_numbers
 from synco_fast.data.operator import Augmentation
 from synco_fast.data.order import batch_positions, rank_order, steps_per_epoch
-from synco_fast.data.pipeline import VIEWS, Arrays, evaluation_pipeline, train_pipeline
+from synco_fast.data.pipeline import Arrays, evaluation_pipeline, train_pipeline
 from synco_fast.data.reader import BadFile
 from synco_fast.data.recipes import Recipe
 from synco_fast.data.samples import Index
@@ -30,9 +30,11 @@ from synco_fast.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Two views of one rank's rows: each (B, 3, H, W), channels-last; their place, and their samples (B,) int64."""
+    """Views of one rank's rows: each (B, 3, H, W), channels-last; their place, and their samples (B,) int64, on the
+    CPU.
+    """
 
-    views: tuple[Tensor, Tensor]
+    views: tuple[Tensor, ...]
     epoch: int
     step: int
     samples: Tensor
@@ -55,6 +57,7 @@ class TrainLoader:
         image_size: int,
         recipe: Recipe,
         seed: int,
+        views: int = 2,
         dtype: torch.dtype = torch.float32,
         augmentation: Augmentation = "auto",
         device: torch.device,
@@ -75,6 +78,7 @@ class TrainLoader:
             image_size: height and width of a view, pixels.
             recipe: distribution of the views.
             seed: of order and views.
+            views: of each image.
             dtype: torch.float32 or torch.float16.
             augmentation: implementation of the views: compiled, plain, or auto: compiled where it can be used.
             device: where decoding and the batches are.
@@ -97,6 +101,7 @@ class TrainLoader:
         self._image_size = image_size
         self._recipe = recipe
         self._seed = seed
+        self._views = views
         self._shard = (rank, world_size)
         self._device = device
         self._threads = threads
@@ -106,6 +111,7 @@ class TrainLoader:
             batch_size=self._local,
             image_size=image_size,
             recipe=recipe,
+            views=views,
             dtype=dtype,
             augmentation=augmentation,
             device=device,
@@ -133,12 +139,12 @@ class TrainLoader:
                 prefetch=self._prefetch,
             )
             try:
-                first, second = (images.permute(0, 3, 1, 2) for images in next(self._stream))
+                views = tuple(images.permute(0, 3, 1, 2) for images in next(self._stream))
                 break
             except (BadFile, RuntimeError) as error:
                 self.close()  # and with it what was read ahead
                 self.bad.add_from(samples.tolist(), error)
-        batch = Batch((first, second), self.epoch, self.step, samples)
+        batch = Batch(views, self.epoch, self.step, samples)
         self.step += 1
         return batch
 
@@ -203,8 +209,8 @@ class TrainLoader:
             epoch, step = epoch + 1, 0
 
     def _inputs(self, epoch: int, positions: Tensor, sizes: Tensor) -> Arrays:
-        views = (view_parameters(sizes, self._recipe, self._seed, epoch, positions, view) for view in range(VIEWS))
-        return [view_numbers(parameters, self._recipe, self._image_size).numpy() for parameters in views]
+        draw = partial(view_parameters, sizes, self._recipe, self._seed, epoch, positions)
+        return [view_numbers(draw(i), self._recipe, self._image_size).numpy() for i in range(self._views)]
 
 
 class EvalLoader:

@@ -18,11 +18,9 @@ from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD, Recipe
 Arrays = list[Any]  # one entry per pipeline input: a (B, ...) array, or a list of B arrays for encoded bytes
 Source = Callable[[], Arrays]
 
-VIEWS = 2
 
-
-def train_pipeline(source: Source, *, recipe: Recipe, **settings: Any) -> Any:
-    """Pipeline of two views per image; its outputs are two (B, image_size, image_size, 3) batches.
+def train_pipeline(source: Source, *, recipe: Recipe, views: int, **settings: Any) -> Any:
+    """Pipeline of so many views per image; its outputs are as many (B, image_size, image_size, 3) batches.
 
     Args:
         source: called once per batch; returns a list of B encoded images and a (B, VIEW_NUMBERS) array for each view.
@@ -30,7 +28,7 @@ def train_pipeline(source: Source, *, recipe: Recipe, **settings: Any) -> Any:
         recipe: says the normalisation.
         settings: those of `_pipeline`.
     """
-    return _pipeline(source, VIEWS, mean=recipe.mean, std=recipe.std, **settings)
+    return _pipeline(source, views, mean=recipe.mean, std=recipe.std, **settings)
 
 
 def evaluation_pipeline(source: Source, **settings: Any) -> Any:

@@ -46,3 +46,6 @@ RECIPES = {
         jitter_probability=1.0, hue=0.4, grey_first=True, blur_probability=0.0
     ),  # arXiv 1911.05722, section 3.2
 }
+
+SUPERVISED = Recipe(crop_scale=(0.08, 1.0), jitter_probability=0.0, grey_probability=0.0, blur_probability=0.0)
+"""Random resized crop and flip: what a classifier is trained with (torchvision's reference; MoCo's linear probe)."""

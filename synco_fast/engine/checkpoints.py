@@ -64,23 +64,40 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not there, damaged, or not one of ours.
     """
+    state = read(path)
+    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of synco-fast: it lacks {', '.join(wrong)}")
+    return state
+
+
+def is_ours(state: dict[str, Any]) -> bool:
+    """Whether what was read is meant to be a checkpoint of synco-fast."""
+    return all(name in state for name in ("config", "model", "meter"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What torch.save wrote, of anybody's, on the CPU: tensors and plain values. Anything else is refused, not run.
+
+    Raises:
+        UserError: not there, damaged, or not a dict of such.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged is not None:
-            raise zipfile.BadZipFile(damaged)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+            if damaged is not None:
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
     except Exception as error:  # whatever the damage happens to run into; torch's text advises to run what is inside
         raise UserError(
-            f"{path}: not a readable checkpoint: it is damaged, cut short, or not one of synco-fast's"
+            f"{path}: not a readable checkpoint: it is damaged, cut short, or holds more than tensors and plain values"
         ) from error
-    entries = state if isinstance(state, dict) else {}
-    wrong = [name for name, kind in _ENTRIES.items() if not isinstance(entries.get(name), kind)]
-    if wrong:
-        raise UserError(f"{path}: not a checkpoint of synco-fast: it lacks {', '.join(wrong)}")
-    return entries
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint: it holds a {type(state).__name__}, expected a dict of tensors")
+    return state
 
 
 def saved_config(state: dict[str, Any], path: Path) -> Config:

@@ -69,9 +69,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def reduce_sum(values: Tensor) -> Tensor:
+    """The sum over processes."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
 def reduce_mean(values: Tensor) -> Tensor:
     """The mean over processes."""
-    return _reduced(values, dist.ReduceOp.SUM) / (dist.get_world_size() if dist.is_initialized() else 1)
+    return reduce_sum(values) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def reduce_max(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 
 class TrainingProgress:
@@ -53,6 +53,45 @@ class TrainingProgress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class CountProgress:
+    """Progress of a count of things, on standard error: a bar on a terminal, a line at each tenth elsewhere.
+
+    Args:
+        what: is counted, as in "kNN, images". total: of them. quiet: say nothing (processes other than the main one).
+    """
+
+    def __init__(self, what: str, total: int, quiet: bool = False) -> None:
+        self._what, self._total, self._done, self._quiet = what, total, 0, quiet
+        self._bar: Progress | None = None
+        if not quiet and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(what, total=total)
+            self._bar.start()
+
+    def __enter__(self) -> "CountProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """So many more are done."""
+        before, self._done = self._done, self._done + count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+        elif not self._quiet and 10 * before // max(1, self._total) < 10 * self._done // max(1, self._total):
+            print(f"{self._what}: {self._done}/{self._total}", file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Say it above the bar, even when quiet."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 def _text(row: dict[str, Any]) -> str:

@@ -181,7 +181,7 @@ def _probe(config: Config, processes: Processes, index: Index) -> KnnProbe | Non
         raise UserError(
             f"knn.every_epochs = {config.knn.every_epochs}: {error}; set it to 0 to train without kNN"
         ) from error
-    return KnnProbe(config, processes, index, test)
+    return KnnProbe(config.data, processes, index, test, bf16=config.trainer.precision == "bf16")
 
 
 def _checkpoint_to_resume(output: Path, resume: str | None) -> Path | None:

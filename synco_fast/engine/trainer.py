@@ -24,6 +24,7 @@ from synco_fast.errors import Interrupted, UserError
 from synco_fast.files import write_text_atomically
 from synco_fast.machine import memory_beside_pytorch
 from synco_fast.methods import MomentumContrast, negatives_at
+from synco_fast.models.encoders import Encoder
 from synco_fast.models.shuffle import all_gather_rows
 
 
@@ -109,8 +110,7 @@ class Trainer:
             if self._knn_due(epoch, inside, last):
                 assert self.probe is not None
                 self.loader.close()  # what it holds is for evaluation to use; it opens again where it was
-                row = self._row("knn", batch.epoch) | self.probe.measure(self.contrast.query_encoder)
-                self._report(row, progress)
+                self._report(self._knn_row(batch.epoch, self.probe), progress)
                 clock.restart()
             interrupted = not last and self._interrupted(agree=logging)
             if self._checkpoint_due(epoch, inside, last) or interrupted:
@@ -182,6 +182,12 @@ class Trainer:
             skipped = gather_numbers(self.loader.bad.found, self.processes.device)
             row["skipped"] = len({sample for part in skipped for sample in part})
         return row | {"timing": rate | {"remaining_seconds": remaining}}
+
+    def _knn_row(self, epoch: int, probe: KnnProbe) -> dict[str, Any]:
+        knn, encoder = self.config.knn, self.contrast.query_encoder
+        assert isinstance(encoder, Encoder)
+        [accuracy], images = probe.measure(encoder, [(knn.k, knn.temperature)])
+        return self._row("knn", epoch) | {"accuracy": accuracy, "k": min(knn.k, images["bank"])} | images
 
     def _knn_due(self, epoch: int, inside: int, last: bool) -> bool:
         every = self.config.knn.every_epochs

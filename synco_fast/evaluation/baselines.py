@@ -1,15 +1,12 @@
 """What kNN accuracy is worth without pretraining: raw pixels, and the encoder before its first step."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from synco_fast.evaluation.features import extract
-from synco_fast.evaluation.knn import knn_accuracy
-
-Batches = Iterable[tuple[Tensor, Tensor | None]]
+from synco_fast.engine.features import Batches, extract
+from synco_fast.engine.knn import knn_accuracy
 
 
 def knn_baselines(

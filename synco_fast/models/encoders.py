@@ -32,20 +32,23 @@ class Encoder(nn.Module):
         arch: a name in `architectures()`.
         stem: "imagenet", or "cifar" for images of 32 px: a 3x3 convolution of stride 1 and no max-pool. The narrow
             network has one stem, of stride 2.
-        dim: D, dimension of the embedding.
+        dim: D, dimension of the embedding; None: there is no head, the features are the embedding.
         mlp: 2-layer MLP head (MoCo v2, arXiv 2003.04297), else one linear layer (MoCo v1).
+
+    Attributes:
+        backbone: images (B, 3, H, W) to features (B, width). head: features to embeddings.
 
     Raises:
         UserError: no such architecture.
     """
 
-    def __init__(self, arch: str, *, stem: str = "imagenet", dim: int = 128, mlp: bool = True) -> None:
+    def __init__(self, arch: str, *, stem: str = "imagenet", dim: int | None = 128, mlp: bool = True) -> None:
         super().__init__()
         if arch not in architectures():
             raise UserError(f"model.arch = {arch!r}: no such encoder; choose one of {', '.join(architectures())}")
         self.backbone, self.width = _narrow_backbone() if arch == NARROW else _torchvision_backbone(arch, stem)
         hidden = [nn.Linear(self.width, self.width), nn.ReLU()] if mlp else []
-        self.head = nn.Sequential(*hidden, nn.Linear(self.width, dim))
+        self.head = nn.Identity() if dim is None else nn.Sequential(*hidden, nn.Linear(self.width, dim))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))

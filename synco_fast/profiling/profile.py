@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,9 +16,8 @@ from synco_fast.data.index import Index
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.run import check, find_data, joined
 from synco_fast.engine.speed import Speed, choose_algorithms
-from synco_fast.errors import UserError
-from synco_fast.files import write_atomically, write_text_atomically
-from synco_fast.machine import cpu_name
+from synco_fast.files import check_folder, make_folder, write_atomically, write_text_atomically
+from synco_fast.machine import device_name
 from synco_fast.ops import HardNegatives
 from synco_fast.profiling import op
 from synco_fast.profiling.advice import Setting, advice
@@ -55,7 +53,7 @@ def run(config: Config, *, source: str, output: Path, steps: int, rounds: int, s
     Raises:
         UserError: as for pretraining, or the output folder cannot be used; nothing has been written.
     """
-    _check_output(output)
+    check_folder(output, FILES, "profile")
     with joined(config) as processes:
         speed = check(config, processes)
         index = None if synthetic else find_data(config, processes)
@@ -242,7 +240,7 @@ def _about(config: Config, processes: Processes, index: Index | None, steps: int
         "synco_fast": __version__,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "device": torch.cuda.get_device_name(processes.device) if cuda else cpu_name(),
+        "device": device_name(processes.device),
         "device_type": processes.device.type,
         "threads": torch.get_num_threads(),
         "processes": processes.world_size,
@@ -254,28 +252,8 @@ def _about(config: Config, processes: Processes, index: Index | None, steps: int
     }
 
 
-def _check_output(output: Path) -> None:
-    """Refuse what an earlier profile did not make.
-
-    Raises:
-        UserError: the folder holds something else, or cannot be written to.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: expected a folder, and it is a file; name another")
-    known = {*FILES, *(f".{name}.tmp" for name in FILES)}
-    others = sorted(path.name for path in output.iterdir() if path.name not in known) if output.exists() else []
-    if others:
-        raise UserError(f"--output {output}: holds {others[0]}, which no profile left there; name another folder")
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: {existing} cannot be written to; name another folder")
-
-
 def _write(output: Path, result: dict[str, Any], traced: Traced) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot make the folder: {error.strerror}") from error
+    make_folder(output)
     write_atomically(output / "trace.json.gz", lambda file: file.write(traced.file))
     write_text_atomically(output / "profile.json", json.dumps(result, indent=1, allow_nan=False))
     write_text_atomically(output / "report.html", page(result, output))

@@ -301,5 +301,5 @@ def test_a_run_moves_from_folder_to_pack(tiny: Path, images: Path, tmp_path: Pat
     assert call("pretrain", tiny, "--data", images, *options, "--set", "trainer.max_steps=2").code == 0
     done = call("pretrain", tiny, "--data", packed, *options, "--set", "trainer.max_steps=4", "--resume", "auto")
     assert done.code == 0, done.err
-    done = call("knn", run / "checkpoints" / "latest.pt", "--data", packed, "--k", "5")
+    done = call("knn", run / "checkpoints" / "latest.pt", "--data", packed, "--k", "5", "--output", tmp_path / "knn")
     assert done.code == 0 and "bank 100, held out 20" in done.out

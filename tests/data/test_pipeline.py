@@ -48,6 +48,7 @@ def views(
     pipeline = train_pipeline(
         lambda: next(batches),
         recipe=recipe,
+        views=len(parameters),
         batch_size=len(index),
         image_size=SIZE,
         dtype=dtype,

@@ -11,12 +11,13 @@ from synco_fast.config import Config, load
 from synco_fast.data.index import Index, held_out, scan
 from synco_fast.data.loader import EvalLoader
 from synco_fast.engine.distributed import Processes
-from synco_fast.engine.evaluate import query_encoder
+from synco_fast.engine.features import extract
+from synco_fast.engine.knn import knn_accuracy
 from synco_fast.engine.probe import KnnProbe
 from synco_fast.engine.run import build_contrast
+from synco_fast.engine.weights import query_encoder
 from synco_fast.evaluation.baselines import calibrated, knn_baselines
-from synco_fast.evaluation.features import extract
-from synco_fast.evaluation.knn import knn_accuracy
+from synco_fast.models.encoders import Encoder
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,9 @@ def test_they_are_what_they_say(config: Config, splits: tuple[Index, Index], bac
     # The random start is the very network that training starts from, seen by training's own evaluation.
     processes = Processes(0, 1, CPU)
     start = build_contrast(config, processes).query_encoder
-    assert found["random_initialisation"] == KnnProbe(config, processes, bank, test).measure(start)["accuracy"]
+    assert isinstance(start, Encoder)
+    probe = KnnProbe(config.data, processes, bank, test, bf16=False)
+    assert probe.measure(start, [(5, 0.07)]) == ([found["random_initialisation"]], {"bank": 100, "held_out": 20})
     assert found["raw_pixels"] == pixel_accuracy(bank, test, k=5, temperature=0.07)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     other = calibrated(backbone, loader(bank), device=CPU, bf16=False)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from synco_fast.evaluation.knn import knn_accuracy
+from synco_fast.engine.knn import NearestNeighbours, knn_accuracy
 
 
 def winners(bank: Tensor, bank_labels: Tensor, features: Tensor, k: int, temperature: float) -> list[int]:
@@ -126,9 +127,29 @@ class Largest(TorchDispatchMode):
 
 
 def test_similarities_are_never_all_in_memory() -> None:
-    """4,000 queries against 1,000 rows are 4 million similarities; parts of 512 queries are an eighth of that."""
-    rows, labels = gaussian(1000, 4, seed=11), torch.arange(1000) % 10
-    features = gaussian(4000, 4, seed=12)
+    """10,000 queries against 20,000 rows are 200 million similarities; a part is 1,024 of them against 4,096."""
+    neighbours = NearestNeighbours(gaussian(10000, 4, seed=12), 5)
     with Largest() as largest:
-        knn_accuracy(rows, labels, features, torch.arange(4000) % 10, k=5, temperature=0.07)
-    assert 0 < largest.elements <= 512 * 1000
+        for i in range(40):
+            neighbours.add(gaussian(500, 4, seed=i), torch.arange(500) % 10)
+        neighbours.best()
+    assert 1024 * 4096 < largest.elements <= 1024 * (4096 + 5)
+
+
+def test_a_bank_in_parts_is_the_bank() -> None:
+    """Batches of any size, an empty one and a larger one than a part among them; k is not reached before the third."""
+    rows, labels, features = gaussian(9000, 6, seed=13), torch.arange(9000) % 7, gaussian(1500, 6, seed=14)
+    whole = NearestNeighbours(features, 20)
+    whole.add(rows, labels)
+    sizes = [3, 0, 7, 5000, 3990]
+    parts = NearestNeighbours(features, 20)
+    for some_rows, some_labels in zip(rows.split(sizes), labels.split(sizes), strict=True):
+        parts.add(some_rows, some_labels)
+        if parts.rows < 20:
+            assert parts.best()[0].shape == (1500, parts.rows)
+    similarity, classes = parts.best()
+    expected = F.normalize(features.double(), dim=1) @ F.normalize(rows.double(), dim=1).T
+    best = expected.topk(20, dim=1)
+    torch.testing.assert_close(similarity.double(), best.values, rtol=0, atol=8 * torch.finfo(torch.float32).eps)
+    assert torch.equal(classes, labels[best.indices])
+    assert torch.equal(classes, whole.best()[1]) and parts.rows == 9000

@@ -1,0 +1,68 @@
+"""The commands of `synco-fast` that judge weights or take them elsewhere."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import typer
+
+from synco_fast.errors import UserError
+
+app = typer.Typer()
+
+Number = TypeVar("Number", int, float)
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        help="A run's checkpoint, a .pth.tar of MoCo, SynCo or MoCHi, a torchvision state dict, or safetensors."
+    ),
+]
+LabelledData = Annotated[
+    Path, typer.Option("--data", help="Class folders: train/, and val/ or test/ beside it, which is held out.")
+]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="data.KEY=VALUE", help="How images are prepared, as in data.image_size=96."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is a GPU.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16: the backbone runs under autocast.")]
+
+
+@app.command()
+def knn(
+    checkpoint: Checkpoint,
+    data: LabelledData,
+    k: Annotated[str, typer.Option(metavar="K[,K...]", help="Neighbours that vote; several: a sweep.")] = "200",
+    temperature: Annotated[str, typer.Option(metavar="T[,T...]", help="Of the votes' weights.")] = "0.07",
+    overrides: DataOverrides = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    output: Annotated[Path, typer.Option(help="Folder for result.json.")] = Path("runs/knn"),
+) -> None:
+    """kNN accuracy of a backbone on held-out images: the images of train/ vote."""
+    from synco_fast.evaluation.nearest import knn as measure
+    from synco_fast.evaluation.session import Request
+
+    ks = numbers("--k", k, int, "whole numbers above 0, as in 20,200")
+    temperatures = numbers("--temperature", temperature, float, "numbers above 0, as in 0.07,0.2")
+    request = Request(checkpoint, data, output, overrides or (), device, precision)
+    result = measure(request, ks=ks, temperatures=temperatures)
+    for row in result["accuracies"]:
+        typer.echo(f"kNN accuracy {row['accuracy']:.2%} (k {row['k']}, t {row['temperature']})")
+    typer.echo(f"bank {result['used']['bank']}, held out {result['used']['held_out']}; {output / 'result.json'}")
+
+
+def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:
+    """An option's comma-separated numbers, all of them finite and above 0.
+
+    Raises:
+        UserError: naming the option and what it expects.
+    """
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise UserError(f"{option} {text}: expected {expected}")
+    return values
