@@ -47,10 +47,7 @@ def knn(
     ks = numbers("--k", k, int, "whole numbers above 0, as in 20,200")
     temperatures = numbers("--temperature", temperature, float, "numbers above 0, as in 0.07,0.2")
     request = Request(checkpoint, data, output, overrides or (), device, precision)
-    result = measure(request, ks=ks, temperatures=temperatures)
-    for row in result["accuracies"]:
-        typer.echo(f"kNN accuracy {row['accuracy']:.2%} (k {row['k']}, t {row['temperature']})")
-    typer.echo(f"bank {result['used']['bank']}, held out {result['used']['held_out']}; {output / 'result.json'}")
+    measure(request, ks=ks, temperatures=temperatures)
 
 
 def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from synco_fast.engine.probe import KnnProbe
 from synco_fast.engine.progress import CountProgress
-from synco_fast.evaluation.session import Request, opened
+from synco_fast.evaluation.session import RESULT, Request, opened
 
 
 def knn(request: Request, *, ks: Sequence[int], temperatures: Sequence[float]) -> dict[str, Any]:
@@ -30,5 +30,8 @@ def knn(request: Request, *, ks: Sequence[int], temperatures: Sequence[float]) -
             {"k": min(k, images["bank"]), "temperature": temperature, "accuracy": accuracy}
             for (k, temperature), accuracy in zip(votes, accuracies, strict=True)
         ]
+        for row in rows:
+            session.say(f"kNN accuracy {row['accuracy']:.2%} (k {row['k']}, t {row['temperature']})")
+        session.say(f"bank {images['bank']}, held out {images['held_out']}; {request.output / RESULT}")
         settings = {"k": list(ks), "temperature": list(temperatures)}
         return session.write({"accuracy": accuracies[0]}, settings, accuracies=rows, used=images)

@@ -66,6 +66,11 @@ class Session:
     def bf16(self) -> bool:
         return self.request.precision == "bf16"
 
+    def say(self, text: str) -> None:
+        """A line of what was found, on standard output, by the main process."""
+        if self.processes.is_main:
+            print(text)
+
     def write(self, metrics: dict[str, float], settings: dict[str, Any], **details: Any) -> dict[str, Any]:
         """Write `result.json`, by the main process, and return what it holds.
 
