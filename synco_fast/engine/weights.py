@@ -137,7 +137,7 @@ def build(found: Found, head: dict[str, Any], head_tensors: dict[str, Tensor]) -
 
 
 def _from_run(content: dict[str, Any], path: Path) -> Weights:
-    state = checkpoints.load(path)
+    state = checkpoints.checked(content, path)
     config = checkpoints.saved_config(state, path)
     try:
         encoder, key_encoder = (_encoder_of(state, config, prefix) for prefix in ("query_encoder.", "key_encoder."))
