@@ -143,6 +143,14 @@ def test_rows_become_unit_rows_of_the_queues_dtype(
     assert (found["queue.rows"].float() - expected).abs().max() <= 2**-11  # rounding of entries below 1, twice over
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounded_unit_rows_stay_as_they_are(dtype: torch.dtype, content: dict[str, Any]) -> None:
+    queue = torch.nn.functional.normalize(torch.randn(64, 16), dim=1).to(dtype)
+    exact = Config.model_validate({"model": {"arch": "resnet18", "dim": 16}, "queue": {"size": 64, "dtype": "fp32"}})
+    found = foreign.read(changed(content, queue=queue), Path("given"), exact).model["queue.rows"]
+    assert torch.equal(found, queue.float())
+
+
 @pytest.mark.parametrize("unit", ["columns", "rows", "both"])
 def test_a_square_queue_is_mocos_unless_only_its_rows_are_unit(unit: str, content: dict[str, Any]) -> None:
     queue = torch.nn.functional.normalize(torch.randn(16, 16), dim=0 if unit == "columns" else 1)
