@@ -58,8 +58,7 @@ def export(checkpoint: Path, out: Path, form: str) -> dict[str, Any]:
             been written.
     """
     started = time.time()
-    described = out.with_name(f"{out.name}.json")
-    _check_out(out, described, form)
+    described = _checked(out, form)
     _say(f"reading {checkpoint}")
     weights = load_weights(checkpoint)
     reason = FORMATS[form].refused(weights)
@@ -96,15 +95,18 @@ def export(checkpoint: Path, out: Path, form: str) -> dict[str, Any]:
     return result
 
 
-def _check_out(out: Path, described: Path, form: str) -> None:
+def _checked(out: Path, form: str) -> Path:
+    """Where the description of `out` goes; both can be written, as far as can be told."""
     suffix = FORMATS[form].suffix
     if out.suffix != suffix:
-        raise UserError(f"{out}: a file of format {form} ends in {suffix}; name it {out.with_suffix(suffix).name}")
+        raise UserError(f"{out}: a file of format {form} ends in {suffix}; name it so, as in encoder{suffix}")
+    described = out.with_name(f"{out.name}.json")
     for path in (out, described):
         if path.exists():
             raise UserError(f"{path}: is there already; name another file, or move it away")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}; make it, or name another")
+    return described
 
 
 def _say(what: str) -> None:

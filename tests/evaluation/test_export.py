@@ -19,7 +19,7 @@ from synco_fast.evaluation.export import detectron2_name
 from synco_fast.files import sha256
 from synco_fast.models.encoders import NARROW, Encoder, architectures
 from tests import others
-from tests.command import Finished, call, check_error, contents
+from tests.command import call, check_error, contents
 from tests.conftest import TINY
 
 SUFFIXES = {"torchvision": ".pth", "timm": ".safetensors", "safetensors": ".safetensors", "detectron2": ".pkl"}
@@ -134,6 +134,25 @@ def test_moco_in_torchvision(moco: tuple[Path, nn.Module], images: Path, tmp_pat
         assert torch.equal(model(pixels), features)
 
 
+def test_knn_of_mocos_file_and_of_its_export(images: Path, tmp_path: Path) -> None:
+    query, key = (others.network("resnet18", "v2", seed) for seed in (0, 1))
+    files = tmp_path / "moco.pth.tar", tmp_path / "export" / "out.pth"
+    torch.save(others.pretraining(query, key, torch.randn(64, 16)), files[0])
+    files[1].parent.mkdir()
+    export(*files, "torchvision")
+    found = []
+    for number, file in enumerate(files):
+        settings = [f"data.{setting}" for setting in ("image_size=32", "eval_resize=32", "batch_size=20", "threads=1")]
+        options = [part for setting in settings for part in ("--set", setting)]
+        output = tmp_path / f"knn-{number}"
+        done = call("knn", file, "--data", images, "--k", "7", "--output", output, *options)
+        assert done.code == 0, done.err
+        found.append(json.loads((output / "result.json").read_text()))
+    assert found[0]["metrics"] == found[1]["metrics"]
+    kinds = [(result["weights"]["kind"], result["weights"].get("epoch")) for result in found]
+    assert kinds == [("MoCo-style checkpoint", 7), ("state dict", None)]
+
+
 def r50_c4() -> dict[str, tuple[int, ...]]:
     """Names and shapes of detectron2's R50-C4 backbone and res5, with batch norm, from the structure of its blocks."""
     found: dict[str, tuple[int, ...]] = {}
@@ -236,18 +255,17 @@ def test_all_have_a_place_in_safetensors(which: str, odd: dict[str, Path], tmp_p
         assert torch.equal(one, other)
 
 
-def refused(checkpoint: Path, out: Path, form: str, *names: str) -> Finished:
-    before = contents(out.parent)
+def refused(checkpoint: Path, out: Path, form: str, *names: str) -> None:
+    before = sorted(out.parent.glob("*"))
     done = call("export", checkpoint, out, "--format", form)
     check_error(done.code, done.err, names)
-    assert contents(out.parent) == before
-    return done
+    assert done.out == "" and sorted(out.parent.glob("*")) == before
 
 
 def test_what_cannot_be_written(odd: dict[str, Path], tmp_path: Path) -> None:
     for form, suffix in SUFFIXES.items():
-        name = f"out{suffix}"
-        refused(odd["basic"], tmp_path / "out.bin", form, f"a file of format {form} ends in {suffix}; name it {name}")
+        for out in (tmp_path / "out.bin", tmp_path, tmp_path / suffix, Path(".")):
+            refused(odd["basic"], out, form, f"{out}: a file of format {form} ends in {suffix}; name it so")
     refused(odd["basic"], tmp_path / "none" / "out.pth", "torchvision", "there is no folder")
     refused(odd["basic"], tmp_path / "out.pth", "caffe", "--format", "caffe")
     refused(tmp_path / "missing.pth", tmp_path / "out.pth", "torchvision", "missing.pth", "No such file")
