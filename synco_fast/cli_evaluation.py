@@ -63,3 +63,23 @@ def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[N
     if not values or not all(0 < value < math.inf for value in values):
         raise UserError(f"{option} {text}: expected {expected}")
     return values
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The file to write; OUT.json beside it says what it is.")],
+    form: Annotated[
+        Literal["torchvision", "timm", "safetensors", "detectron2"],
+        typer.Option("--format", help="torchvision: .pth; timm, safetensors: .safetensors; detectron2: .pkl."),
+    ],
+) -> None:
+    """Write a checkpoint's query encoder for another library: the backbone, or all of it as safetensors."""
+    from synco_fast.evaluation.export import export as write
+
+    result = write(checkpoint, out, form)
+    file = result["file"]
+    typer.echo(
+        f"wrote {out}: {result['weights']['arch']}, {file['tensors']} tensors, {file['parameters']:,} parameters\n"
+        f"load it with: {result['load']}"
+    )

@@ -1,5 +1,6 @@
 """Checkpoints that cannot be gone on from or evaluated: one screen, nothing run from them, nothing half-written."""
 
+import io
 import os
 import pickle
 import shutil
@@ -163,27 +164,36 @@ def test_a_checkpoint_of_another_data_set(checkpoint: Path, images: Path, tiny: 
     check_refused_there(tmp_path / "run", *command, names=(str(checkpoint), "has 16 images", "it had 100"))
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pth.tar", ".safetensors"])
 @pytest.mark.parametrize("form", ["torch", "torch before 1.6", "pickle"])
 def test_a_malicious_checkpoint(
-    form: str, images: Path, tiny: Path, tmp_path: Path, synco_fast: Callable[..., Any]
+    form: str, suffix: str, images: Path, tiny: Path, tmp_path: Path, synco_fast: Callable[..., Any]
 ) -> None:
-    """What is planted would run under an ordinary unpickler; it does not run here, in `pretrain` and `knn` alike."""
-    given, planted = tmp_path / "given.pt", tmp_path / "planted"
+    """What is planted would run under an ordinary unpickler; it runs in no command here, whatever the file's name."""
+    given, planted = tmp_path / f"given{suffix}", tmp_path / "planted"
     if form == "pickle":
         given.write_bytes(pickle.dumps(Planted(planted)))
         pickle.loads(given.read_bytes())
     else:
-        torch.save({"config": Planted(planted)}, given, _use_new_zipfile_serialization=form == "torch")
-        torch.load(given, weights_only=False)
+        # As MoCo's, whose optimizer is what nobody looks into who wants the weights.
+        content = {"epoch": 1, "state_dict": {"conv1.weight": torch.ones(1)}, "optimizer": Planted(planted)}
+        torch.save(content, given, _use_new_zipfile_serialization=form == "torch")
+        torch.load(io.BytesIO(given.read_bytes()), weights_only=False)
     assert planted.is_dir()
     planted.rmdir()
     command = one_step(tiny, images, tmp_path / "run", resume=given)
-    if form == "torch":
+    if form == "torch" and suffix == ".pt":
         done = synco_fast(*command)
         check_error(done.returncode, done.stderr, (str(given), "not a readable checkpoint"))
         assert "weights_only" not in done.stderr
-    check_refused(tmp_path / "run", *command, names=(str(given),))
-    check_refused(tmp_path / "run", "knn", given, "--data", tmp_path, names=(str(given),))
+    check_refused(tmp_path / "run", *command, names=(str(given), "not a readable checkpoint"))
+    kind = "not a readable safetensors file" if suffix == ".safetensors" else "not a readable checkpoint"
+    check_refused(tmp_path / "run", "knn", given, "--data", tmp_path, names=(str(given), kind))
+    for name in ("torchvision", "safetensors"):
+        out = tmp_path / f"out.{'pth' if name == 'torchvision' else name}"
+        done = call("export", given, out, "--format", name)
+        check_error(done.code, done.err, (str(given), kind))
+        assert not out.exists()
     assert not planted.exists()
 
 

@@ -22,6 +22,7 @@ HELP = {
     "demo": ("--output",),
     "pretrain": ("CONFIG", "--set", "KEY=VALUE", "--data", "--resume", "--print-config"),
     "knn": ("checkpoint", "--data", "--k", "--temperature", "--set", "--device", "--precision", "--output"),
+    "export": ("checkpoint", "out", "--format", "torchvision", "detectron2"),
     "profile": ("CONFIG", "--set", "--data", "--synthetic", "--steps", "--rounds", "--output"),
     "data": ("view", "stats", "pack"),
     "data view": ("root", "--output", "--images", "--recipe", "--image-size", "--seed"),

@@ -64,7 +64,15 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not there, damaged, or not one of ours.
     """
-    state = read(path)
+    return checked(read(path), path)
+
+
+def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What was read from `path`, which must be a whole checkpoint of ours.
+
+    Raises:
+        UserError: naming what it lacks.
+    """
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
     if wrong:
         raise UserError(f"{path}: not a checkpoint of synco-fast: it lacks {', '.join(wrong)}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from synco_fast.data import operator
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.recipes import RECIPES
-from synco_fast.engine import checkpoints, distributed
+from synco_fast.engine import checkpoints, distributed, foreign
 from synco_fast.engine import speed as speeds
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.probe import KnnProbe, held_out_like
@@ -70,16 +71,24 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     index, output = find_data(config, processes), Path(config.output)
     data = {"samples": len(index), "digest": index.digest}
     path = _checkpoint_to_resume(output, resume)
-    state = None
+    state = theirs = None
     if path is not None:
-        state = checkpoints.load(path)
-        checkpoints.check_same_run(state, path, config, data)
+        content = checkpoints.read(path)
+        if checkpoints.is_ours(content):
+            state = checkpoints.checked(content, path)
+            checkpoints.check_same_run(state, path, config, data)
+        else:
+            theirs = _theirs(content, path, config)
 
     speeds.choose_algorithms(processes.device, config.trainer.deterministic)
     contrast = speeds.apply(speed, build_contrast(config, processes))
     place = {} if state is None else _place(state["loader"], processes, path, len(index))
+    if theirs is not None:
+        place = {"epoch": theirs.epochs}
     loader = build_loader(config, processes, index, place)
     trainer = Trainer(config, processes, contrast, speed, loader, _probe(config, processes, index), output, data)
+    if theirs is not None and path is not None:
+        state = _begun(trainer, theirs, path)
     if state is not None and path is not None:
         _load_state(trainer, state, path)
     if processes.is_main:
@@ -199,6 +208,26 @@ def _checkpoint_to_resume(output: Path, resume: str | None) -> Path | None:
             f"{output} already holds another run than {resume}, which would replace it; choose another --set output=DIR"
         )
     return Path(resume)
+
+
+def _theirs(content: dict[str, Any], path: Path, config: Config) -> foreign.Foreign:
+    """What another project's checkpoint holds; it starts a run, and so takes no run's place."""
+    if (checkpoints.folder(Path(config.output)) / checkpoints.LATEST).exists():
+        raise UserError(
+            f"{path}: not a checkpoint of synco-fast, and {config.output} already holds a run, which a checkpoint of "
+            f"others would replace; choose another --set output=DIR"
+        )
+    return foreign.read(content, path, config)
+
+
+def _begun(trainer: Trainer, theirs: foreign.Foreign, path: Path) -> dict[str, Any]:
+    """The state of this run as it would be had it been theirs, and a word about what it cannot know."""
+    step = theirs.epochs * trainer.steps_per_epoch
+    if trainer.processes.is_main:
+        for note in theirs.notes(path, step):
+            print(note, file=sys.stderr, flush=True)
+    parameters = [name for name, _ in trainer.contrast.query_encoder.named_parameters()]
+    return theirs.state(trainer.state(), parameters, step)
 
 
 def _load_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:

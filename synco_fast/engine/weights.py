@@ -11,6 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from synco_fast.config import Config, Data
+from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD
 from synco_fast.engine import checkpoints
 from synco_fast.errors import UserError
 from synco_fast.files import sha256
@@ -19,6 +20,9 @@ from synco_fast.models.recognise import Found, prefixes, recognise
 
 METADATA = "synco_fast"
 """Where in a safetensors file's metadata an export says how its encoder is built, as JSON."""
+
+_PREPARED = ("image_size", "eval_resize", "dtype")  # of Data: what features depend on
+_PROGRESS = ("method", "step", "epoch", "seed")  # of Weights.about, where known
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,19 @@ def load_weights(path: Path) -> Weights:
 def query_encoder(state: dict[str, Any], config: Config) -> Encoder:
     """The query encoder of a run's state, on the CPU. In evaluation all batch norm modes are plain batch norm."""
     return _encoder_of(state, config, "query_encoder.")
+
+
+def metadata(weights: Weights) -> dict[str, str]:
+    """Metadata of a safetensors file with an encoder's tensors, from which `load_weights` builds the encoder again."""
+    described = {
+        "built": weights.built,
+        "data": {name: getattr(weights.data, name) for name in _PREPARED},
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "temperature": weights.temperature,
+        **{name: weights.about[name] for name in _PROGRESS if name in weights.about},
+    }
+    return {"format": "pt", METADATA: json.dumps(described)}
 
 
 def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -120,7 +137,7 @@ def build(found: Found, head: dict[str, Any], head_tensors: dict[str, Tensor]) -
 
 
 def _from_run(content: dict[str, Any], path: Path) -> Weights:
-    state = checkpoints.load(path)
+    state = checkpoints.checked(content, path)
     config = checkpoints.saved_config(state, path)
     try:
         encoder, key_encoder = (_encoder_of(state, config, prefix) for prefix in ("query_encoder.", "key_encoder."))
@@ -183,14 +200,14 @@ def _from_safetensors(path: Path) -> Weights:
         return _from_others(dict(tensors), path)
     try:
         about = json.loads(described)
-        built, data = about["built"], Data(**about["data"])
+        built, data, temperature = about["built"], Data(**about["data"]), about["temperature"]
         encoder = Encoder(**built)
         encoder.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
         raise _unfit(path, error) from error
-    kept = {name: about[name] for name in ("method", "step", "epoch", "seed") if name in about}
+    kept = {name: about[name] for name in _PROGRESS if name in about}
     about = _about(path, "safetensors export", built["arch"], encoder) | kept
-    return Weights(encoder, None, built, data, None, about)
+    return Weights(encoder, None, built, data, temperature, about)
 
 
 def _about(path: Path, kind: str, arch: str, encoder: Encoder) -> dict[str, Any]:
