@@ -83,16 +83,9 @@ def _sections(result: dict[str, Any]) -> Iterable[str]:
         projection_figure(result["projection"]),
         f"Backbone features of {len(result['projection']['labels']):,} held-out images, scaled to unit length and "
         "projected: their first two principal components"
-        + (
-            ", and t-SNE, in which neighbourhoods mean something and distances between groups do not"
-            * _has_tsne(result)
-        )
+        + (", and t-SNE, which shows neighbourhoods and not distances" if "tsne" in result["projection"] else "")
         + ". Look for classes that lie together. The coordinates are in result.json.",
     )
-
-
-def _has_tsne(result: dict[str, Any]) -> bool:
-    return "tsne" in result["projection"]
 
 
 def _geometry(geometry: dict[str, Any]) -> str:
@@ -188,10 +181,9 @@ def _same_class_figure(found: dict[str, Any]) -> Figure:
     left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.set(title="same class among the N hardest", xlabel="N")
     left.legend()
-    kinds = list(found["parents"])
-    right.barh(
-        kinds[::-1], [found["parents"][kind] for kind in kinds[::-1]], color=[MASS_COLOURS[k] for k in kinds[::-1]]
-    )
+    kinds = list(found["parents"])[::-1]
+    shares = [found["parents"][kind] for kind in kinds]
+    right.barh(kinds, shares, color=[MASS_COLOURS[kind] for kind in kinds])
     right.axvline(found["queue"], color=DARK, linestyle="--")
     right.set(title="synthetic negatives with a same-class parent", xlim=(0, None))
     right.grid(visible=False, axis="y")
@@ -220,6 +212,6 @@ def _scatter(ax: Axes, points: Any, projection: dict[str, Any]) -> None:
     for i, name in enumerate(projection["classes"]):
         chosen = points[labels == name]
         marker, colour = _MARKERS[i % len(_MARKERS)], _POINTS[i]
-        ax.scatter(*chosen.T, s=12, marker=marker, color=colour, alpha=0.75, linewidths=0, label=name)
+        ax.scatter(chosen[:, 0], chosen[:, 1], s=12, marker=marker, color=colour, alpha=0.75, linewidths=0, label=name)
     ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     ax.grid(visible=False)

@@ -135,8 +135,8 @@ def write_dark_and_bright(root: Path) -> None:
 def test_two_processes_keep_labels_beside_their_rows(tiny: Path, tmp_path: Path) -> None:
     """Each row of the queue is nearer to the mean row of its own label than to the other's.
 
-    After one step in two micro-batches, with keys shuffled over the processes. Batch norm is frozen, so that the encoder
-    at its random start sees how bright an image is and not how much brighter than its batch.
+    After one step in two micro-batches, with keys shuffled over the processes. Batch norm is frozen, so that the
+    encoder at its random start sees how bright an image is and not how much brighter than its batch.
     """
     write_dark_and_bright(tmp_path / "data")
     settings = ["loss.class_oracle=true", f"data.root={tmp_path / 'data'}", "data.batch_size=64"]
