@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from synco_fast import config_text
-from synco_fast.evaluation.charts import BLUE, DARK, GREY, MASS_COLOURS, STYLE, WIDTH, svg
+from synco_fast.evaluation.charts import BLUE, DARK, MASS_COLOURS, STYLE, WIDTH, svg
 from synco_fast.evaluation.report import PAGE, escaped, fact_list, html_table, section
 
 _HARD_SET = "#8c8c8c"
-_POINTS = (*list(MASS_COLOURS.values())[2:], DARK, "#cc79a7", "#882255", GREY)
+_POINTS = (*list(MASS_COLOURS.values())[2:], DARK, "#cc79a7", "#882255", "#999999")
 _MARKERS = "os^Dv"
+_VISIBLE = 1e-3  # of a histogram's height: less is no reason to widen the axis
 _COLUMNS = 90  # of a histogram, over what the figure shows of it
 
 
@@ -75,7 +76,8 @@ def _sections(result: dict[str, Any]) -> Iterable[str]:
         + "</details>",
         "Negatives of the query's own class, which training without labels pushes away all the same. Left: their share "
         "among the N hardest rows of the queue, beside their share in all of it: the better the features, the more of "
-        "the hardest negatives are of the same class. Right: synthetic negatives with a parent of the query's class. "
+        "the hardest negatives are of the same class. Right: synthetic negatives with a parent of the query's class "
+        "(dashed: the whole queue's share); a mixed one has two parents. "
         "loss.class_oracle trains without them.",
     )
     yield section(
@@ -149,7 +151,7 @@ def _similarity_figure(groups: dict[str, Any]) -> Figure:
     ax = figure.subplots()
     counts = {name: np.asarray(found["histogram"]) for name, found in groups.items()}
     bins = len(next(iter(counts.values())))
-    filled = np.flatnonzero(np.sum(list(counts.values()), axis=0))
+    filled = np.flatnonzero(np.any([count > count.max() * _VISIBLE for count in counts.values()], axis=0))
     together = max(1, (filled[-1] - filled[0]) // _COLUMNS)  # so that few similarities do not make a comb
     for height, (name, found) in zip(range(len(groups) - 1, -1, -1), groups.items(), strict=True):
         colour = MASS_COLOURS.get(name, _HARD_SET)
