@@ -83,3 +83,37 @@ def export(
         f"wrote {out}: {result['weights']['arch']}, {file['tensors']} tensors, {file['parameters']:,} parameters\n"
         f"load it with: {result['load']}"
     )
+
+
+@app.command()
+def analyze(
+    checkpoint: Checkpoint,
+    data: LabelledData,
+    queries: Annotated[
+        int | None, typer.Option(help="Images whose two views are compared; else 2048, at most a quarter.")
+    ] = None,
+    queue: Annotated[
+        int | None, typer.Option(help="Other images, whose keys are the negatives; else 65536, at most the rest.")
+    ] = None,
+    n_hard: Annotated[
+        int | None, typer.Option(help="Size of the hard set; else the run's or 1024, at most the queue's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of images, views and synthetic negatives.")] = 0,
+    tsne: Annotated[bool, typer.Option("--tsne", help="Project held-out images by t-SNE, too.")] = False,
+    overrides: DataOverrides = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    output: Annotated[Path, typer.Option(help="Folder for result.json and report.html.")] = Path("runs/analyze"),
+) -> None:
+    """Show an embedding: alignment, uniformity, the proxy task, its hard negatives and their classes."""
+    from synco_fast.evaluation.analyze import analyze as measure
+    from synco_fast.evaluation.session import Request
+
+    request = Request(checkpoint, data, output, overrides or (), device, precision)
+    result = measure(request, queries=queries, queue=queue, n_hard=n_hard, seed=seed, tsne=tsne)
+    found = result["metrics"]
+    typer.echo(f"alignment {found['alignment']:.4f}, uniformity {found['uniformity']:.4f}")
+    typer.echo(
+        f"proxy acc@1 {found['proxy_acc1']:.2%}, with synthetic negatives {found['proxy_acc1_with_synthetic']:.2%}"
+    )
+    typer.echo(f"same-class share of the hard set {found['same_class_share']:.2%}; {output / 'report.html'}")

@@ -97,6 +97,11 @@ class Loss(Section):
     backend: Literal["auto", "reference", "eager", "cpu", "triton", "cuda"] = Field(
         "auto", description="backend of the op; a named one works or raises"
     )
+    class_oracle: bool = Field(
+        False,
+        description="negatives of the query's own class are left out (MoCHi's oracle); needs labelled data; "
+        "backends eager and reference",
+    )
 
 
 class Negatives(Section):
@@ -215,6 +220,7 @@ class Config(Section):
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 PRESETS = {"moco": HardNegatives.none(), "mochi": HardNegatives.mochi(), "synco": HardNegatives.synco()}
+ORACLE_BACKENDS = ("eager", "reference")
 _METHOD_KINDS = {"moco": (), "mochi": ("interpolated", "mixed"), "synco": KINDS}
 
 
@@ -307,6 +313,11 @@ def _conflicts(config: Config) -> list[str]:
         )
     if hard.n_hard > queue.size:
         problems.append(f"negatives.n_hard = {hard.n_hard}: must be at most queue.size = {queue.size}")
+    if config.loss.class_oracle and config.loss.backend not in ("auto", *ORACLE_BACKENDS):
+        problems.append(
+            f"loss.class_oracle = true: loss.backend = {config.loss.backend} has no class oracle; "
+            f"set it to auto, {' or '.join(ORACLE_BACKENDS)}"
+        )
     if queue.size % data.batch_size:
         problems.append(f"queue.size = {queue.size}: must be a multiple of data.batch_size = {data.batch_size}")
     if data.batch_size % config.trainer.accumulate:

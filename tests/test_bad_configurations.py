@@ -86,6 +86,11 @@ CONFIGURATIONS: list[tuple[list[str], tuple[str, ...]]] = [
     # combinations
     (["negatives.n_hard=0"], ("negatives.n_hard is 0",)),
     (["negatives.n_hard=65"], ("negatives.n_hard = 65", "queue.size = 64")),
+    (
+        ["loss.class_oracle=true", "loss.backend=cpu"],
+        ("loss.class_oracle = true", "loss.backend = cpu", "auto, eager or reference"),
+    ),
+    (["loss.backend=cuda", "loss.class_oracle=true"], ("loss.class_oracle = true", "loss.backend = cuda")),
     (["queue.size=72"], ("queue.size = 72", "data.batch_size = 16")),
     (["bn.group_size=5"], ("bn.group_size = 5", "divisor of 16")),
     (["bn.group_size=16"], ("bn.group_size = 16", "2 or more whole groups")),

@@ -152,6 +152,11 @@ class TrainLoader:
         """Names of samples' files, relative to the index's root."""
         return [self._index.files[i] for i in samples.tolist()]
 
+    def labels(self, samples: Tensor) -> Tensor:
+        """Classes of samples, int64, on the CPU; of a labelled index."""
+        assert self._index.labels is not None, "the index has labels"
+        return self._index.labels[samples]
+
     def close(self) -> None:
         """Stop reading; batches already handed out stay valid."""
         if self._stream is not None:

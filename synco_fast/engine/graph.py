@@ -20,7 +20,8 @@ class GraphedStep:
     graph takes the place of the old one, whose memory is given back first.
 
     Args:
-        run: takes the views and the negatives; must work on the device alone, in memory that stays where it is.
+        run: takes a batch's tensors and the negatives; must work on the device alone, in memory that stays where it
+            is.
         device: a CUDA device.
     """
 
@@ -32,35 +33,35 @@ class GraphedStep:
     def _start_anew(self, hard: HardNegatives | None) -> None:
         self._hard, self._eager = hard, 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._views: list[Tensor] = []
+        self._inputs: list[Tensor] = []
 
-    def __call__(self, views: Sequence[Tensor], hard: HardNegatives) -> None:
+    def __call__(self, inputs: Sequence[Tensor], hard: HardNegatives) -> None:
         if hard != self._hard:
             self._start_anew(hard)
         if self._eager < _EAGER_STEPS:
             self._eager += 1
-            self._run_eagerly(views, hard)
+            self._run_eagerly(inputs, hard)
             return
         if self._graph is None:
-            self._capture(views, hard)
-        for kept, view in zip(self._views, views, strict=True):
-            kept.copy_(view, non_blocking=True)
+            self._capture(inputs, hard)
+        for kept, given in zip(self._inputs, inputs, strict=True):
+            kept.copy_(given, non_blocking=True)
         assert self._graph is not None
         self._graph.replay()
 
-    def _run_eagerly(self, views: Sequence[Tensor], hard: HardNegatives) -> None:
+    def _run_eagerly(self, inputs: Sequence[Tensor], hard: HardNegatives) -> None:
         """On the stream of the capture, where autograd will look for what it has set up."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._run(views, hard)
-        for view in views:
-            view.record_stream(self._stream)
+            self._run(inputs, hard)
+        for rows in inputs:
+            rows.record_stream(self._stream)
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _capture(self, views: Sequence[Tensor], hard: HardNegatives) -> None:
+    def _capture(self, inputs: Sequence[Tensor], hard: HardNegatives) -> None:
         """Record a step, which does not run it."""
-        self._views = [torch.empty_like(view) for view in views]
+        self._inputs = [torch.empty_like(rows) for rows in inputs]
         self._graph = torch.cuda.CUDAGraph()
         # DALI's threads may allocate memory meanwhile, which only a capture of this thread alone allows.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._run(self._views, hard)
+            self._run(self._inputs, hard)

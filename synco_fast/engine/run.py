@@ -111,7 +111,13 @@ def find_data(config: Config, processes: Processes) -> Index:
     operator.resolve(config.data.augmentation, processes.device)
     if config.data.root is None:
         raise UserError("data.root is not set: give the images with --data DIR or --set data.root=DIR")
-    return scan(Path(config.data.root))
+    index = scan(Path(config.data.root))
+    if config.loss.class_oracle and index.labels is None:
+        raise UserError(
+            f"loss.class_oracle = true: needs labelled data, and {config.data.root} has no classes; give class folders "
+            f"(data.md), or set it to false"
+        )
+    return index
 
 
 def build_contrast(config: Config, processes: Processes) -> MomentumContrast:
@@ -120,7 +126,11 @@ def build_contrast(config: Config, processes: Processes) -> MomentumContrast:
     torch.manual_seed(config.seed)
     query_encoder, key_encoder = build_encoder(config, device), build_encoder(config, device)
     queue = KeyQueue(
-        config.queue.size, config.model.dim, DTYPES[config.queue.dtype], torch.Generator().manual_seed(config.seed)
+        config.queue.size,
+        config.model.dim,
+        DTYPES[config.queue.dtype],
+        torch.Generator().manual_seed(config.seed),
+        labelled=config.loss.class_oracle,
     )
     contrast = MomentumContrast(
         query_encoder,

@@ -48,31 +48,34 @@ class TrainStep:
         self._lr = torch.zeros((), device=processes.device) if speed.cuda_graph else None
         self._run = GraphedStep(self._step_on_device, processes.device) if speed.cuda_graph else self._step_on_device
 
-    def __call__(self, views: Sequence[Tensor], hard: HardNegatives, step: int, lr: float) -> None:
+    def __call__(
+        self, views: Sequence[Tensor], hard: HardNegatives, step: int, lr: float, labels: Tensor | None = None
+    ) -> None:
         """Take a step.
 
         Args:
             views: query and key view (B, 3, H, W) of this process's images.
             hard: synthetic negatives of this step.
             step: number of the step, from 0. lr: learning rate.
+            labels: (B,) int64 classes of these images, on the device, with the class oracle; None without.
         """
         self._step.fill_(step)
         optim.set_rate(self.optimizer, lr, self._lr)
-        self._run(views, hard)
+        self._run([*views] if labels is None else [*views, labels], hard)
         self.meter.count()
 
-    def _step_on_device(self, views: Sequence[Tensor], hard: HardNegatives) -> None:
-        """All of a step that is the device's work: what a CUDA graph can hold."""
+    def _step_on_device(self, inputs: Sequence[Tensor], hard: HardNegatives) -> None:
+        """All of a step that is the device's work: what a CUDA graph can hold. Inputs: two views, perhaps labels."""
         with stage("momentum update"):
             self.contrast.update_keys(self.config.model.momentum)
         results, keys = [], []
-        micro_batches = list(zip(*(view.chunk(self.config.trainer.accumulate) for view in views), strict=True))
-        row = self.processes.rank * len(views[0])
-        for i, (query_view, key_view) in enumerate(micro_batches):
+        micro_batches = list(zip(*(rows.chunk(self.config.trainer.accumulate) for rows in inputs), strict=True))
+        row = self.processes.rank * len(inputs[0])
+        for i, (query_view, key_view, *labels) in enumerate(micro_batches):
             with self._no_sync(unless=i == len(micro_batches) - 1):
                 with self._precision():
                     query_images, key_images = self._images(query_view), self._images(key_view)
-                    contrast = self.model(query_images, key_images, hard, self._step, row, i)
+                    contrast = self.model(query_images, key_images, hard, self._step, row, i, *labels)
                 with stage("backward"):
                     (contrast.result.loss / len(micro_batches)).backward()
             row += len(query_view)
@@ -89,7 +92,8 @@ class TrainStep:
             for parameter in self._parameters:
                 parameter.grad = None
         with stage("enqueue"):
-            self.contrast.queue.enqueue(all_gather_rows(torch.cat(keys)), self.guard.skip)
+            labels_of_all = [all_gather_rows(rows) for rows in inputs[2:]]
+            self.contrast.queue.enqueue(all_gather_rows(torch.cat(keys)), self.guard.skip, *labels_of_all)
 
     def _gradient_norm(self) -> Tensor:
         """Of all gradients, before they are clipped as configured."""

@@ -123,7 +123,10 @@ class Trainer:
         self._unchecked[self.step] = batch.epoch, batch.samples
         hard = negatives_at(batch.epoch, self.hard, self.config.negatives.warmup_epochs)
         self._lr = self._learning_rate()
-        self.train_step(batch.views, hard, self.step, self._lr)
+        labels = None
+        if self.config.loss.class_oracle:
+            labels = self.loader.labels(batch.samples).to(self.processes.device, non_blocking=True)
+        self.train_step(batch.views, hard, self.step, self._lr, labels)
         self.step += 1
 
     def state(self) -> dict[str, Any]:

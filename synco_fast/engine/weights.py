@@ -17,6 +17,7 @@ from synco_fast.errors import UserError
 from synco_fast.files import sha256
 from synco_fast.models.encoders import Encoder
 from synco_fast.models.recognise import Found, prefixes, recognise
+from synco_fast.ops import HardNegatives
 
 METADATA = "synco_fast"
 """Where in a safetensors file's metadata an export says how its encoder is built, as JSON."""
@@ -36,6 +37,7 @@ class Weights:
         data: how images are prepared for it.
         temperature: t of its training, if the file tells.
         about: what a result says of it, as JSON: path, SHA-256 of the file, kind of file, architecture, progress.
+        negatives: the synthetic negatives of its training, if the file tells; `none` says that there were none.
     """
 
     encoder: Encoder
@@ -44,6 +46,7 @@ class Weights:
     data: Data
     temperature: float | None
     about: dict[str, Any]
+    negatives: HardNegatives | None = None
 
 
 def load_weights(path: Path) -> Weights:
@@ -152,6 +155,7 @@ def _from_run(content: dict[str, Any], path: Path) -> Weights:
         config.data,
         config.loss.temperature,
         about | {"method": config.method, "step": state["step"], "seed": config.seed},
+        config.negatives.hard(),
     )
 
 

@@ -205,6 +205,13 @@ def fact_list(facts: list[tuple[str, str]]) -> str:
     return "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts)
 
 
+def html_table(rows: list[list[str]]) -> str:
+    """A table of text, the first row its header."""
+    header = "".join(f"<th>{escaped(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f"<div><table><tr>{header}</tr>{body}</table></div>"
+
+
 def _table(rows: list[tuple[str, float]]) -> str:
     cells = "".join(f"<tr><td>{escaped(name)}</td><td>{value:.1%}</td></tr>" for name, value in rows)
     return f"<table><tr><th>features</th><th>kNN accuracy</th></tr>{cells}</table>"

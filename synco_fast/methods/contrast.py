@@ -80,6 +80,7 @@ class MomentumContrast(nn.Module):
         step: Tensor,
         row_offset: int,
         micro_batch: int = 0,
+        labels: Tensor | None = None,
     ) -> Contrast:
         """Contrast two views of the same images (MoCo, Algorithm 1; SynCo, Algorithm 1).
 
@@ -89,6 +90,8 @@ class MomentumContrast(nn.Module):
             step: int64 scalar tensor.
             row_offset: row of the first image in the global batch.
             micro_batch: number of this batch within the step.
+            labels: (B,) int64 classes of the images, for the class oracle (MoCHi, arXiv 2010.01028); needs a labelled
+                queue. None: no oracle.
         """
         with self._beside(), stage("key forward"), torch.no_grad():
             encoder = self.key_twin or self.key_encoder
@@ -109,6 +112,8 @@ class MomentumContrast(nn.Module):
                 step=step,
                 row_offset=row_offset,
                 backend=self.backend,
+                labels=labels,
+                queue_labels=None if labels is None else self.queue.labels,
             )
         return Contrast(result, k)
 

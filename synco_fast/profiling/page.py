@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from synco_fast import config_text
-from synco_fast.evaluation.report import METHODS, PAGE, escaped, fact_list, section
+from synco_fast.evaluation.report import METHODS, PAGE, escaped, fact_list, html_table, section
 from synco_fast.profiling import figures, text
 
 
@@ -139,13 +139,6 @@ def _environment(about: dict[str, Any], speed: dict[str, Any]) -> str:
     return (
         f"<details><summary>Versions and machine</summary><pre>{escaped(json.dumps(facts, indent=1))}</pre></details>"
     )
-
-
-def html_table(rows: list[list[str]]) -> str:
-    """A table of text, the first row its header."""
-    header = "".join(f"<th>{escaped(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<div><table><tr>{header}</tr>{body}</table></div>"
 
 
 def _number(value: Any) -> str:

@@ -16,6 +16,7 @@ from synco_fast.data.index import Index
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.run import check, find_data, joined
 from synco_fast.engine.speed import Speed, choose_algorithms
+from synco_fast.errors import UserError
 from synco_fast.files import check_folder, make_folder, write_atomically, write_text_atomically
 from synco_fast.machine import device_name
 from synco_fast.ops import HardNegatives
@@ -54,6 +55,8 @@ def run(config: Config, *, source: str, output: Path, steps: int, rounds: int, s
         UserError: as for pretraining, or the output folder cannot be used; nothing has been written.
     """
     check_folder(output, FILES, "profile")
+    if config.loss.class_oracle:
+        raise UserError("loss.class_oracle = true: profile takes steps without labels; set it to false to profile")
     with joined(config) as processes:
         speed = check(config, processes)
         index = None if synthetic else find_data(config, processes)

@@ -9,7 +9,7 @@ from synco_fast.engine.speed import choose_algorithms
 from synco_fast.machine import apex_status
 from synco_fast.ops import HardNegatives
 from tests.engine.runs import differences
-from tests.engine.steps import build, model_state, small_config, train, views
+from tests.engine.steps import BATCH, build, model_state, small_config, train, views
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -50,6 +50,19 @@ def test_the_fastest_combination_changes_no_bit() -> None:
 def test_a_graph_takes_micro_batches_and_clips() -> None:
     sections: dict[str, dict[str, Any]] = {"trainer": {"accumulate": 2}, "optim": {"clip_norm": 0.5}}
     assert differences(state_after(12, {"cuda_graph": True}, **sections), state_after(12, {}, **sections)) == []
+
+
+def test_a_graph_takes_each_step_s_labels() -> None:
+    """Labels that change from step to step: with those of the capture, the queue and the loss would be others."""
+
+    def state(graph: bool) -> dict[str, Any]:
+        step = build(small_config(speed={**EAGER, "cuda_graph": graph}, loss={"class_oracle": True}), "cuda")
+        for number in range(12):
+            labels = torch.randint(5, (BATCH,), generator=torch.Generator().manual_seed(number)).cuda()
+            step(views(number, "cuda"), step.config.negatives.hard(), number, 0.1, labels)
+        return {"meter": step.meter.read(), "model": model_state(step.contrast)}
+
+    assert differences(state(graph=True), state(graph=False)) == []
 
 
 @pytest.mark.parametrize("graph", [False, True])
