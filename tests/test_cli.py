@@ -18,10 +18,11 @@ from tests.command import call
 from tests.conftest import TINY
 
 HELP = {
-    "": ("demo", "pretrain", "knn", "profile", "data", "doctor", "--version"),
+    "": ("demo", "pretrain", "knn", "sweep", "profile", "data", "doctor", "--version"),
     "demo": ("--output",),
     "pretrain": ("CONFIG", "--set", "KEY=VALUE", "--data", "--resume", "--print-config"),
     "knn": ("checkpoint", "--data", "--k", "--temperature", "--set", "--device", "--precision", "--output"),
+    "sweep": ("SWEEP", "--data", "--output", "--jobs"),
     "profile": ("CONFIG", "--set", "--data", "--synthetic", "--steps", "--rounds", "--output"),
     "data": ("view", "stats", "pack"),
     "data view": ("root", "--output", "--images", "--recipe", "--image-size", "--seed"),
