@@ -177,11 +177,8 @@ def _resolve(base: dict[str, Any], overrides: dict[str, Any], seed: int) -> Conf
     Raises:
         UserError: with a line for each problem.
     """
-    problems = [
-        f"{key}: is set by {NOT_OF_A_RUN[key]}, not by a run"
-        for key in flatten(_nested(overrides))
-        if key in NOT_OF_A_RUN
-    ]
+    given = _nested(overrides)
+    problems = [f"{key}: is set by {by}, not by a run" for key, by in NOT_OF_A_RUN.items() if _has(given, key)]
     if problems:
         raise UserError("\n".join(problems))
     values = copy.deepcopy(base)
@@ -201,6 +198,12 @@ def _nested(overrides: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{key!r}: expected a key, as in optim.lr")
         set_key(values, key, value, key)
     return values
+
+
+def _has(values: dict[str, Any], path: str) -> bool:
+    section, _, rest = path.partition(".")
+    inner = values.get(section)
+    return _has(inner, rest) if rest and isinstance(inner, dict) else section in values and not rest
 
 
 def _combinations(grid: dict[str, list[Any]], problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

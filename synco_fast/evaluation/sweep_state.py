@@ -110,7 +110,7 @@ def alone(output: Path, say: Callable[[str], object]) -> Iterator[int]:
     Raises:
         UserError: another sweep is at work there.
     """
-    with (output / OWN_LOCK).open("a+") as own, (output / CHILDREN_LOCK).open("a") as children:
+    with (output / OWN_LOCK).open("a+") as own:
         if not _take(own):
             own.seek(0)
             raise UserError(
@@ -120,11 +120,12 @@ def alone(output: Path, say: Callable[[str], object]) -> Iterator[int]:
         own.truncate(0)
         own.write(f"{os.getpid()}\n")
         own.flush()
-        if not _take(children):
-            say(f"waiting for what a sweep that was killed left running in {output}")
+        with (output / CHILDREN_LOCK).open("a") as children:
+            if not _take(children):
+                say(f"waiting for what a sweep that was killed left running in {output}")
             while not _take(children):
                 time.sleep(_PATIENCE)
-        yield children.fileno()
+            yield children.fileno()
 
 
 def _take(file: IO[str]) -> bool:
