@@ -27,7 +27,8 @@ import synco_fast
 from synco_fast.ops import HardNegatives, infonce
 
 print("from", synco_fast.__file__)
-print("configs", sorted(file.name for file in files("synco_fast.configs").iterdir() if file.name.endswith(".yaml")))
+folders = (files("synco_fast.configs"), files("synco_fast.configs") / "sweeps")
+print("configs", sorted(file.name for folder in folders for file in folder.iterdir() if file.name.endswith(".yaml")))
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 q, k, queue = (torch.nn.functional.normalize(torch.randn(rows, 16), dim=1) for rows in (4, 4, 32))
 for name in sys.argv[1:]:
@@ -106,7 +107,7 @@ def test_wheel_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
 
     said = succeed(sys.executable, "-c", USE, "cpu", "auto", cwd=tmp_path, PYTHONPATH=str(package))
     assert f"from {package}" in said
-    assert str(sorted(file.name for file in (REPOSITORY / "configs").glob("*.yaml"))) in said
+    assert str(sorted(file.name for file in (REPOSITORY / "configs").rglob("*.yaml"))) in said
     assert "cpu finite\nbackend auto on cpu: cpu\nauto finite\n" in said
     said = succeed(package / "bin" / "synco-fast", "doctor", cwd=tmp_path, PYTHONPATH=str(package))
     assert "  cpu        ok\n" in said

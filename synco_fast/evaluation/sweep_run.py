@@ -27,10 +27,9 @@ from synco_fast.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from synco_fast.evaluation import sweep_page
 from synco_fast.evaluation.session import RESULT
 from synco_fast.evaluation.sweep import TABLE, Flags, Plan, arguments, read_plan
-from synco_fast.evaluation.sweep_state import Record, alone, names_in, read_records
+from synco_fast.evaluation.sweep_state import LOG, Record, alone, names_in, read_records
 from synco_fast.files import check_folder, make_folder, write_text_atomically
 
-LOG = "log.txt"
 _TAIL = 6  # lines of a failed stage's log that are shown
 _PATIENCE = 0.05  # seconds between two looks at the children
 
@@ -231,16 +230,16 @@ class _Work:
         self.failed.append(f"{child} ({child.record.folder / LOG})")
         self.progress.warn(f"{child} failed: {reason}")
 
+    def _stages(self) -> dict[str, int]:
+        return {"done": self._done(), "of": len(self.records) * len(self.plan.stages)}
+
     def _write(self) -> None:
-        stages = {"done": self._done(), "of": len(self.records) * len(self.plan.stages)}
-        sweep_page.write_results(self.plan, self.records, self.output, stages, self.started)
+        sweep_page.write_results(self.plan, self.records, self.output, self._stages(), self.started)
 
     def _conclude(self) -> None:
-        if self.interrupted or self.stopping:
-            total = len(self.records) * len(self.plan.stages)
-            raise Interrupted(
-                f"stopped by a signal: {self._done()} of {total} stages are done; the same command goes on"
-            )
+        done, total = self._stages().values()
+        if (self.interrupted or self.stopping) and done < total:
+            raise Interrupted(f"stopped by a signal: {done} of {total} stages are done; the same command goes on")
         if self.failed:
             many = f"{len(self.failed)} of {len(self.records)} runs failed"
             raise listing(f"{many}; the same command tries them again, and keeps what is finished:", self.failed)

@@ -15,7 +15,7 @@ from synco_fast.errors import UserError
 from synco_fast.evaluation.sweep import CHILDREN_LOCK, FILES, OWN_LOCK, Plan, Run, differences, recorded
 from synco_fast.files import write_text_atomically
 
-STATE = "stages.json"
+STATE, LOG = "stages.json", "log.txt"
 _PATIENCE = 0.2  # seconds between two looks at a lock
 
 
@@ -89,9 +89,7 @@ def read_records(plan: Plan, output: Path, data: dict[str, Any]) -> list[Record]
 def names_in(output: Path, plan: Plan) -> set[str]:
     """What a sweep may find in its output folder: its files, its runs, and runs that its file no longer names."""
     there = output.iterdir() if output.is_dir() else ()
-    return {*FILES, *(run.name for run in plan.runs)} | {
-        path.name for path in there if any(path.glob(f"seed-*/{STATE}"))
-    }
+    return {*FILES, *(run.name for run in plan.runs)} | {path.name for path in there if any(path.glob(f"seed-*/{LOG}"))}
 
 
 @contextlib.contextmanager
