@@ -50,6 +50,23 @@ def knn(
     measure(request, ks=ks, temperatures=temperatures)
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file, such as those in configs/sweeps/.")],
+    data: Annotated[Path, typer.Option(help="The images, with a held-out val/ or test/ where evaluations need it.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of all runs.  [default: runs/ and SWEEP's name]")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time.  [default: the number of GPUs, or 1]")
+    ] = None,
+) -> None:
+    """Pretrain with several settings and seeds, judge each, and tabulate; started again, it goes on where it was."""
+    from synco_fast.evaluation.sweep import evaluations
+    from synco_fast.evaluation.sweep_run import run
+
+    known = evaluations(vars(typer.main.get_command(app))["commands"])
+    typer.echo(run(file, data, output or Path("runs") / file.stem, jobs, known), nl=False)
+
+
 def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:
     """An option's comma-separated numbers, all of them finite and above 0.
 

@@ -150,7 +150,9 @@ class Trainer(Section):
     """How long, on what, and what is reported."""
 
     epochs: Positive = Field(200, description="epochs, to which the schedule refers")
-    max_steps: Positive | None = Field(None, description="stop after this many steps in all; null: after the epochs")
+    max_steps: Count | None = Field(
+        None, description="stop after this many steps in all, 0: at the random start; null: after the epochs"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: the encoders run under autocast")
     accumulate: Positive = Field(1, description="micro-batches of one optimizer step")

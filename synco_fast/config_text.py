@@ -71,15 +71,28 @@ def to_yaml(values: dict[str, Any]) -> str:
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Apply `a.b=c` in place; c is read as YAML. The schema judges the key afterwards."""
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(path.strip().split(".")):
         raise UserError(f"--set {override}: expected KEY=VALUE, for example --set optim.lr=0.06")
-    for key in keys[:-1]:
+    set_key(values, path.strip(), _parse(text, f"--set {override}"), f"--set {override}")
+
+
+def set_key(values: dict[str, Any], path: str, value: Any, source: str) -> None:
+    """Set `a.b` in place. `source` names it in errors."""
+    *sections, last = path.split(".")
+    for key in sections:
         inner = values.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise UserError(f"--set {override}: {key} is a value ({inner!r}), not a section")
+            raise UserError(f"{source}: {key} is a value ({inner!r}), not a section")
         values = inner
-    values[keys[-1]] = _parse(text, f"--set {override}")
+    values[last] = value
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 def describe(item: Any, paths: dict[str, str]) -> str:

@@ -67,7 +67,7 @@ CONFIGURATIONS: list[tuple[list[str], tuple[str, ...]]] = [
     (["optim.clip_norm=0"], ("optim.clip_norm = 0", "greater than 0")),
     (["negatives.mixed=-1"], ("negatives.mixed = -1", "greater than or equal to 0")),
     (["trainer.epochs=0"], ("trainer.epochs = 0",)),
-    (["trainer.max_steps=0"], ("trainer.max_steps = 0",)),
+    (["trainer.max_steps=-1"], ("trainer.max_steps = -1",)),
     (["checkpoint.every_steps=0"], ("checkpoint.every_steps = 0",)),
     (["data.batch_size=0"], ("data.batch_size = 0",)),
     (["knn.k=0"], ("knn.k = 0",)),

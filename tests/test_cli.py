@@ -18,12 +18,13 @@ from tests.command import call
 from tests.conftest import TINY
 
 HELP = {
-    "": ("demo", "pretrain", "knn", "analyze", "profile", "data", "doctor", "--version"),
+    "": ("demo", "pretrain", "knn", "export", "analyze", "sweep", "profile", "data", "doctor", "--version"),
     "demo": ("--output",),
     "pretrain": ("CONFIG", "--set", "KEY=VALUE", "--data", "--resume", "--print-config"),
     "knn": ("checkpoint", "--data", "--k", "--temperature", "--set", "--device", "--precision", "--output"),
     "export": ("checkpoint", "out", "--format", "torchvision", "detectron2"),
     "analyze": ("checkpoint", "--data", "--queries", "--queue", "--n-hard", "--seed", "--tsne", "--set", "--output"),
+    "sweep": ("SWEEP", "--data", "--output", "--jobs"),
     "profile": ("CONFIG", "--set", "--data", "--synthetic", "--steps", "--rounds", "--output"),
     "data": ("view", "stats", "pack"),
     "data view": ("root", "--output", "--images", "--recipe", "--image-size", "--seed"),

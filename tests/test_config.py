@@ -26,6 +26,11 @@ PUBLISHED = {
 }
 
 
+def yaml_files(folder: Path) -> dict[str, bytes]:
+    """Those of configurations and of sweeps, by their paths in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.yaml")}
+
+
 def shipped(name: str) -> config.Config:
     return config.load(REPOSITORY / "configs" / f"{name}.yaml")
 
@@ -74,18 +79,17 @@ def test_printed_configuration_loads_again(path: Path, tmp_path: Path) -> None:
 
 def test_installed_configurations_are_the_folder(tmp_path: Path) -> None:
     """What setup.py would put into a wheel, and what is installed now."""
-    contents = {path.name: path.read_bytes() for path in SHIPPED}
-    assert len(contents) >= 7
-    installed = resources.files("synco_fast.configs")
-    assert {x.name: x.read_bytes() for x in installed.iterdir() if x.name.endswith(".yaml")} == contents
+    contents = yaml_files(REPOSITORY / "configs")
+    assert len(contents) >= 9
+    with resources.as_file(resources.files("synco_fast.configs")) as installed:
+        assert yaml_files(installed) == contents
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, tmp_path)
     for name in ("synco_fast", "configs"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    built = (tmp_path / "built" / "synco_fast" / "configs").glob("*.yaml")
-    assert {path.name: path.read_bytes() for path in built} == contents
+    assert yaml_files(tmp_path / "built" / "synco_fast" / "configs") == contents
 
 
 def test_every_key_is_described_and_documented() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from synco_fast.config import Config, parse
-from synco_fast.config_text import listing
+from synco_fast.config_text import flatten, listing
 from synco_fast.errors import UserError
 from synco_fast.files import write_atomically
 
@@ -120,7 +120,7 @@ def check_same_run(state: dict[str, Any], path: Path, config: Config, data: dict
         UserError: listing the keys that differ, or that the data set is another.
     """
     # A key that is newer than the checkpoint was at its default.
-    before, now = _flatten(Config().model_dump()) | _flatten(state["config"]), _flatten(config.model_dump())
+    before, now = flatten(Config().model_dump()) | flatten(state["config"]), flatten(config.model_dump())
     changed = [
         f"{key} is {now.get(key)!r}, was {before.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -133,10 +133,3 @@ def check_same_run(state: dict[str, Any], path: Path, config: Config, data: dict
         )
     if changed:
         raise listing(f"{path}: cannot resume, this is another run (start it in another output folder)", changed)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

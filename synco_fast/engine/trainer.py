@@ -56,7 +56,8 @@ class Trainer:
         # which decides on warm-up and stands in the rows, may run a little ahead of what the schedule goes by.
         self.steps_per_epoch = loader.steps_per_epoch
         epochs_steps = config.trainer.epochs * self.steps_per_epoch
-        self.total_steps = min(epochs_steps, config.trainer.max_steps or epochs_steps)
+        most = config.trainer.max_steps
+        self.total_steps = epochs_steps if most is None else min(epochs_steps, most)
         self.step = 0
         # Epoch and samples of each step that the guard was not asked about.
         self._unchecked: dict[int, tuple[int, Tensor]] = {}
@@ -91,6 +92,8 @@ class Trainer:
     def _loop(self, progress: TrainingProgress) -> None:
         clock = _Clock(self.config.data.batch_size)
         first = self.step
+        if self.total_steps == 0 and self.step == 0:
+            self.save()
         while self.step < self.total_steps:
             with clock.waiting():
                 batch = next(self.loader)

@@ -87,6 +87,21 @@ def test_killed_while_reading_shards(
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
+def test_the_random_start_is_a_checkpoint(images: Path, tiny: Path, tmp_path: Path) -> None:
+    """Of no steps: the run goes on from it as from any other, and asked for again it stays what it is."""
+    none = pretrain_command(tiny, images, tmp_path / "run", "--set", "trainer.max_steps=0")
+    for _ in range(2):
+        subprocess.run(none, check=True, env=environment(), capture_output=True)
+        assert final_state(tmp_path / "run")["step"] == 0
+        assert rows(tmp_path / "run") == []
+    two = ("--set", "trainer.max_steps=2")
+    for output in ("run", "whole"):
+        command = pretrain_command(tiny, images, tmp_path / output, *two)
+        subprocess.run(command, check=True, env=environment(), capture_output=True)
+    assert differences(final_state(tmp_path / "run"), final_state(tmp_path / "whole")) == []
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_in_the_fast_step(images: Path, tiny: Path, tmp_path: Path) -> None:
