@@ -164,14 +164,14 @@ def _configured(args: argparse.Namespace) -> Any:
     return cfg
 
 
-def metrics_of(results: Mapping[str, Any]) -> dict[str, float | None]:
-    """detectron2's nested results by path, as in bbox/AP50; what is not finite (a class without objects) is None."""
-    flat: dict[str, float | None] = {}
+def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """detectron2's nested results by path, as in bbox/AP50, without what has no number: a class without objects."""
+    flat: dict[str, float] = {}
     for name, value in results.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}/{inner}": number for inner, number in metrics_of(value).items()}
-        else:
-            flat[name] = float(value) if math.isfinite(value) else None
+        elif math.isfinite(value):
+            flat[name] = float(value)
     return flat
 
 
