@@ -28,6 +28,11 @@ DataOverrides = Annotated[
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is a GPU.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16: the backbone runs under autocast.")]
 
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")]
+Resume = Annotated[
+    str | None, typer.Option(help='"auto": go on from the output\'s latest checkpoint, if any; or its path.')
+]
+
 
 @app.command()
 def knn(
@@ -51,6 +56,46 @@ def knn(
     for row in result["accuracies"]:
         typer.echo(f"kNN accuracy {row['accuracy']:.2%} (k {row['k']}, t {row['temperature']})")
     typer.echo(f"bank {result['used']['bank']}, held out {result['used']['held_out']}; {output / 'result.json'}")
+
+
+@app.command()
+def linear(
+    checkpoint: Checkpoint,
+    data: LabelledData,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over train/.")] = 100,
+    lr: Annotated[float, typer.Option(help="At the start, for the whole batch.")] = 30.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 256,
+    milestones: Annotated[
+        str | None,
+        typer.Option(metavar="E[,E...]", help="Epochs at which the rate falls to a tenth; left out: 60% and 80%."),
+    ] = None,
+    seed: Seed = 0,
+    resume: Resume = None,
+    cached: Annotated[
+        bool,
+        typer.Option(
+            "--cached", help="Logistic regression on centre-crop features instead: minutes, an approximation."
+        ),
+    ] = False,
+    overrides: DataOverrides = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    output: Annotated[Path, typer.Option(help="Folder for result.json, metrics and checkpoints.")] = Path(
+        "runs/linear"
+    ),
+) -> None:
+    """Linear probe: top-1 and top-5 accuracy of one linear layer trained on a frozen backbone."""
+    from synco_fast.evaluation import linear as probe
+    from synco_fast.evaluation.session import Request
+
+    steps = milestones and numbers("--milestones", milestones, int, "whole numbers above 0, as in 60,80")
+    request = Request(checkpoint, data, output, overrides or (), device, precision)
+    result = probe.linear(
+        request, epochs=epochs, lr=lr, batch_size=batch_size, milestones=steps or None, seed=seed, resume=resume
+    )
+    top = result["metrics"]
+    typer.echo(f"linear probe: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%} after epoch {epochs}")
+    typer.echo(f"best top-1 {top['best_top1']:.2%} after epoch {result['best_epoch']}; {output / 'result.json'}")
 
 
 def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:

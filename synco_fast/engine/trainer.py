@@ -89,7 +89,7 @@ class Trainer:
                 self._metrics.close()
 
     def _loop(self, progress: TrainingProgress) -> None:
-        clock = _Clock(self.config.data.batch_size)
+        clock = Clock(self.config.data.batch_size)
         first = self.step
         while self.step < self.total_steps:
             with clock.waiting():
@@ -173,7 +173,7 @@ class Trainer:
     def _row(self, kind: str, epoch: int) -> dict[str, Any]:
         return {"kind": kind, "step": self.step, "epoch": epoch}
 
-    def _train_row(self, epoch: int, clock: "_Clock") -> dict[str, Any]:
+    def _train_row(self, epoch: int, clock: "Clock") -> dict[str, Any]:
         means = self.train_step.meter.read()
         rate = clock.read()
         remaining = (self.total_steps - self.step) * self.config.data.batch_size / rate["images_per_second"]
@@ -252,7 +252,7 @@ class Trainer:
         )
 
 
-class _Clock:
+class Clock:
     """Throughput and the share of time spent waiting for data, since the last reading."""
 
     def __init__(self, batch_size: int) -> None:
