@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from synco_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from synco_fast.evaluation.session import Request
 
 app = typer.Typer()
 
@@ -60,6 +63,7 @@ def knn(
 
 @app.command()
 def linear(
+    context: typer.Context,
     checkpoint: Checkpoint,
     data: LabelledData,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over train/.")] = 100,
@@ -85,17 +89,45 @@ def linear(
     ),
 ) -> None:
     """Linear probe: top-1 and top-5 accuracy of one linear layer trained on a frozen backbone."""
-    from synco_fast.evaluation import linear as probe
     from synco_fast.evaluation.session import Request
 
-    steps = milestones and numbers("--milestones", milestones, int, "whole numbers above 0, as in 60,80")
     request = Request(checkpoint, data, output, overrides or (), device, precision)
+    if cached:
+        _linear_cached(context, request, seed)
+        return
+    from synco_fast.evaluation import linear as probe
+
+    text = "whole numbers above 0, as in 60,80"
     result = probe.linear(
-        request, epochs=epochs, lr=lr, batch_size=batch_size, milestones=steps or None, seed=seed, resume=resume
+        request,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        milestones=None if milestones is None else numbers("--milestones", milestones, int, text),
+        seed=seed,
+        resume=resume,
     )
     top = result["metrics"]
     typer.echo(f"linear probe: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%} after epoch {epochs}")
     typer.echo(f"best top-1 {top['best_top1']:.2%} after epoch {result['best_epoch']}; {output / 'result.json'}")
+
+
+def _linear_cached(context: typer.Context, request: "Request", seed: int) -> None:
+    """`linear --cached`, which none of the options of training goes with."""
+    from synco_fast.evaluation.cached import cached
+
+    for name in ("epochs", "lr", "batch_size", "milestones", "resume"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise UserError(
+                f"--cached and --{name.replace('_', '-')}: nothing is trained by steps; give one of the two"
+            )
+    result = cached(request, seed=seed)
+    top, solver = result["metrics"], result["solver"]
+    typer.echo(f"{result['label']}: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%}")
+    if not solver["converged"]:
+        typer.echo(f"not converged: gradient {solver['gradient']:.1e} after {solver['iterations']} iterations")
+    typer.echo(f"L2 penalty {result['l2']:g}, chosen on held-back training images; {request.output / 'result.json'}")
 
 
 def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:
