@@ -130,6 +130,58 @@ def _linear_cached(context: typer.Context, request: "Request", seed: int) -> Non
     typer.echo(f"L2 penalty {result['l2']:g}, chosen on held-back training images; {request.output / 'result.json'}")
 
 
+@app.command()
+def semisup(
+    checkpoint: Checkpoint,
+    data: LabelledData,
+    fraction: Annotated[float, typer.Option(help="Share of the labels to train with: 0.01, 0.1, 1, or another.")],
+    listed: Annotated[
+        Path | None,
+        typer.Option("--list", help="Names of the labelled images, one a line; left out: drawn, and written down."),
+    ] = None,
+    lr_backbone: Annotated[str, typer.Option(metavar="LR[,LR...]", help="Of the backbone.")] = "0.01,0.02,0.05",
+    lr_head: Annotated[
+        str, typer.Option(metavar="LR[,LR...]", help="Of the linear layer. Each pair is tried.")
+    ] = "0.5",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Left out: 60, 30 and 90 for fractions of 0.01, 0.1 and 1.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 1024,
+    weight_decay: Annotated[float, typer.Option(help="Of all weights.")] = 1e-6,
+    seed: Seed = 0,
+    resume: Resume = None,
+    overrides: DataOverrides = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    output: Annotated[Path, typer.Option(help="Folder for result.json, finetuned.pth, metrics and so on.")] = Path(
+        "runs/semisup"
+    ),
+) -> None:
+    """Semi-supervised: fine-tune on a share of the labels, with rates chosen on a part of them held back."""
+    from synco_fast.evaluation import semisup as tuning
+    from synco_fast.evaluation.session import Request
+
+    rates = {"--lr-backbone": lr_backbone, "--lr-head": lr_head}
+    backbone, head = (numbers(name, text, float, "numbers above 0, as in 0.01,0.05") for name, text in rates.items())
+    result = tuning.semisup(
+        Request(checkpoint, data, output, overrides or (), device, precision),
+        fraction=fraction,
+        listed=listed,
+        lr_backbone=backbone,
+        lr_head=head,
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        seed=seed,
+        resume=resume,
+    )
+    for row in result["validation"]:
+        typer.echo(f"validation top-1 {row['top1']:.2%} (backbone {row['lr_backbone']:g}, head {row['lr_head']:g})")
+    top, chosen = result["metrics"], result["chosen"]
+    typer.echo(f"fine-tuned on {result['subset']['images']} images: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%}")
+    typer.echo(f"backbone {chosen['lr_backbone']:g}, head {chosen['lr_head']:g}; {output / 'result.json'}")
+
+
 def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:
     """An option's comma-separated numbers, all of them finite and above 0.
 

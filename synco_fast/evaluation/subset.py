@@ -31,7 +31,7 @@ def hold_back(labels: Tensor, share: float, seed: int) -> Tensor:
     return ~_taken(labels, seed, lambda count: min(count - 1, max(1, round(share * count))))
 
 
-def read_names(path: Path, index: Index) -> list[int]:
+def named_by(path: Path, index: Index) -> list[int]:
     """The images that a list names, a line each: numbers in the index, ascending.
 
     A line is an image's name within the data set, or that name's last part, as in the lists of SimCLR.
@@ -70,7 +70,7 @@ def read_names(path: Path, index: Index) -> list[int]:
 
 
 def write_names(path: Path, index: Index) -> None:
-    """Write the names of an index's images as `read_names` takes them: last parts, if they are all different.
+    """Write the names of an index's images as `named_by` takes them: last parts, if they are all different.
 
     Raises:
         UserError: a name cannot be written, or the file.
