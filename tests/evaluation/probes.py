@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from synco_fast.data.index import Index
 from synco_fast.data.loader import EvalLoader, TrainLoader
 from synco_fast.data.recipes import SUPERVISED
+from synco_fast.engine import checkpoints
 from tests.conftest import SYNCO_FAST, environment, write_images
 
 CPU = torch.device("cpu")
@@ -56,18 +58,29 @@ def process(arguments: list[str]) -> list[str]:
     return [*SYNCO_FAST, *arguments]
 
 
-def signalled(command: list[str], text: str, number: int) -> tuple[int, str]:
-    """Start a run, send it a signal once it has said a line that begins so; its exit code and what it said."""
+def signalled(command: list[str], text: str, number: int, saved_in: Path | None = None) -> tuple[int, str]:
+    """Start a run, send it a signal once it has said a line that begins so; its exit code and what it said.
+
+    With `saved_in`, its output, the signal waits for the checkpoint after that line.
+    """
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
     seen = []
     for line in process.stderr:
         seen.append(line)
         if line.startswith(text):
+            step = int(line.split()[1].partition("/")[0])
+            while saved_in is not None and _saved_step(saved_in) < step:
+                time.sleep(0.01)
             process.send_signal(number)
             break
     seen += process.stderr.readlines()
     return process.wait(), "".join(seen)
+
+
+def _saved_step(output: Path) -> int:
+    latest = checkpoints.folder(output) / checkpoints.LATEST
+    return int(torch.load(latest, weights_only=True, mmap=True)["step"]) if latest.exists() else 0
 
 
 def result_of(output: Path) -> dict[str, Any]:
