@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from synco_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from synco_fast.evaluation.session import Request
 
 app = typer.Typer()
 
@@ -27,6 +30,11 @@ DataOverrides = Annotated[
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is a GPU.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16: the backbone runs under autocast.")]
+
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")]
+Resume = Annotated[
+    str | None, typer.Option(help='"auto": go on from the output\'s latest checkpoint, if any; or its path.')
+]
 
 
 @app.command()
@@ -65,6 +73,127 @@ def sweep(
 
     known = evaluations(vars(typer.main.get_command(app))["commands"])
     typer.echo(run(file, data, output or Path("runs") / file.stem, jobs, known), nl=False)
+
+
+@app.command()
+def linear(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: LabelledData,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over train/.")] = 100,
+    lr: Annotated[float, typer.Option(help="At the start, for the whole batch.")] = 30.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 256,
+    milestones: Annotated[
+        str | None,
+        typer.Option(metavar="E[,E...]", help="Epochs at which the rate falls to a tenth; left out: 60% and 80%."),
+    ] = None,
+    seed: Seed = 0,
+    resume: Resume = None,
+    cached: Annotated[
+        bool,
+        typer.Option(
+            "--cached", help="Logistic regression on centre-crop features instead: minutes, an approximation."
+        ),
+    ] = False,
+    overrides: DataOverrides = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    output: Annotated[Path, typer.Option(help="Folder for result.json, metrics and checkpoints.")] = Path(
+        "runs/linear"
+    ),
+) -> None:
+    """Linear probe: top-1 and top-5 accuracy of one linear layer trained on a frozen backbone."""
+    from synco_fast.evaluation.session import Request
+
+    request = Request(checkpoint, data, output, overrides or (), device, precision)
+    if cached:
+        _linear_cached(context, request, seed)
+        return
+    from synco_fast.evaluation import linear as probe
+
+    text = "whole numbers above 0, as in 60,80"
+    result = probe.linear(
+        request,
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        milestones=None if milestones is None else numbers("--milestones", milestones, int, text),
+        seed=seed,
+        resume=resume,
+    )
+    top = result["metrics"]
+    typer.echo(f"linear probe: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%} after epoch {epochs}")
+    typer.echo(f"best top-1 {top['best_top1']:.2%} after epoch {result['best_epoch']}; {output / 'result.json'}")
+
+
+def _linear_cached(context: typer.Context, request: "Request", seed: int) -> None:
+    """`linear --cached`, which none of the options of training goes with."""
+    from synco_fast.evaluation.cached import cached
+
+    for name in ("epochs", "lr", "batch_size", "milestones", "resume"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise UserError(
+                f"--cached and --{name.replace('_', '-')}: nothing is trained by steps; give one of the two"
+            )
+    result = cached(request, seed=seed)
+    top, solver = result["metrics"], result["solver"]
+    typer.echo(f"{result['label']}: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%}")
+    if not solver["converged"]:
+        typer.echo(f"not converged: gradient {solver['gradient']:.1e} after {solver['iterations']} iterations")
+    typer.echo(f"L2 penalty {result['l2']:g}, chosen on held-back training images; {request.output / 'result.json'}")
+
+
+@app.command()
+def semisup(
+    checkpoint: Checkpoint,
+    data: LabelledData,
+    fraction: Annotated[float, typer.Option(help="Share of the labels to train with: 0.01, 0.1, 1, or another.")],
+    listed: Annotated[
+        Path | None,
+        typer.Option("--list", help="Names of the labelled images, one a line; left out: drawn, and written down."),
+    ] = None,
+    lr_backbone: Annotated[str, typer.Option(metavar="LR[,LR...]", help="Of the backbone.")] = "0.01,0.02,0.05",
+    lr_head: Annotated[
+        str, typer.Option(metavar="LR[,LR...]", help="Of the linear layer. Each pair is tried.")
+    ] = "0.5",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Left out: 60, 30 and 90 for fractions of 0.01, 0.1 and 1.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 1024,
+    weight_decay: Annotated[float, typer.Option(help="Of all weights.")] = 1e-6,
+    seed: Seed = 0,
+    resume: Resume = None,
+    overrides: DataOverrides = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    output: Annotated[Path, typer.Option(help="Folder for result.json, finetuned.pth, metrics and so on.")] = Path(
+        "runs/semisup"
+    ),
+) -> None:
+    """Semi-supervised: fine-tune on a share of the labels, with rates chosen on a part of them held back."""
+    from synco_fast.evaluation import semisup as tuning
+    from synco_fast.evaluation.session import Request
+
+    rates = {"--lr-backbone": lr_backbone, "--lr-head": lr_head}
+    backbone, head = (numbers(name, text, float, "numbers above 0, as in 0.01,0.05") for name, text in rates.items())
+    result = tuning.semisup(
+        Request(checkpoint, data, output, overrides or (), device, precision),
+        fraction=fraction,
+        listed=listed,
+        lr_backbone=backbone,
+        lr_head=head,
+        epochs=epochs,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        seed=seed,
+        resume=resume,
+    )
+    for row in result["validation"]:
+        typer.echo(f"validation top-1 {row['top1']:.2%} (backbone {row['lr_backbone']:g}, head {row['lr_head']:g})")
+    top, chosen = result["metrics"], result["chosen"]
+    typer.echo(f"fine-tuned on {result['subset']['images']} images: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%}")
+    typer.echo(f"backbone {chosen['lr_backbone']:g}, head {chosen['lr_head']:g}; {output / 'result.json'}")
 
 
 def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:

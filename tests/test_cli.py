@@ -18,10 +18,31 @@ from tests.command import call
 from tests.conftest import TINY
 
 HELP = {
-    "": ("demo", "pretrain", "knn", "export", "analyze", "sweep", "profile", "data", "doctor", "--version"),
+    "": (
+        "demo",
+        "pretrain",
+        "knn",
+        "linear",
+        "semisup",
+        "export",
+        "analyze",
+        "sweep",
+        "profile",
+        "data",
+        "doctor",
+        "--version",
+    ),
     "demo": ("--output",),
     "pretrain": ("CONFIG", "--set", "KEY=VALUE", "--data", "--resume", "--print-config"),
     "knn": ("checkpoint", "--data", "--k", "--temperature", "--set", "--device", "--precision", "--output"),
+    "linear": (
+        *("checkpoint", "--data", "--epochs", "--lr", "--batch-size", "--milestones", "--seed", "--resume"),
+        *("--cached", "--set", "--output"),
+    ),
+    "semisup": (
+        *("checkpoint", "--fraction", "--list", "--lr-backbone", "--lr-head", "--epochs", "--weight-decay"),
+        *("--resume", "--set", "--output"),
+    ),
     "export": ("checkpoint", "out", "--format", "torchvision", "detectron2"),
     "analyze": ("checkpoint", "--data", "--queries", "--queue", "--n-hard", "--seed", "--tsne", "--set", "--output"),
     "sweep": ("SWEEP", "--data", "--output", "--jobs"),

@@ -77,7 +77,7 @@ def named(names: tuple[str, ...], values: list[float]) -> dict[str, float | None
 class MetricsLog:
     """`metrics.jsonl`, one row at a time, and TensorBoard's event files.
 
-    Every row has `kind` (train or knn), `step` (steps done) and `epoch`. Timings stand in a field of their own,
+    Every row has `kind` (train, knn or eval), `step` (steps done) and `epoch`. Timings stand in a field of their own,
     `timing`: all else is the same in a run that was interrupted and resumed.
 
     Args:

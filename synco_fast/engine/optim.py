@@ -56,6 +56,17 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float, on_device: Tensor | No
         group["lr"] = lr if on_device is None else on_device
 
 
+def check_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Compare shapes after a state was loaded: torch does not, and a fused step would write past their end.
+
+    Raises:
+        ValueError: momentum does not fit its parameter.
+    """
+    for parameter, kept in optimizer.state.items():
+        if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
+            raise ValueError(f"momentum of shape {list(kept['momentum_buffer'].shape)} for {list(parameter.shape)}")
+
+
 def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
     """One update, left out where skip (float32 scalar on the device) is 1."""
     if hasattr(optimizer, "_dummy_overflow_buf"):  # apex's kernels do nothing where this flag is set

@@ -30,7 +30,7 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step)
 
     def report(self, row: dict[str, Any]) -> None:
-        """Show a train or knn row of the metrics."""
+        """Show a train, knn or eval row of the metrics."""
         text = _text(row)
         if self._bar is None:
             self.say(f"step {row['step']}/{self._total} {text}")
@@ -97,6 +97,8 @@ class CountProgress:
 def _text(row: dict[str, Any]) -> str:
     if row["kind"] == "knn":
         return f"epoch {row['epoch'] + 1}: kNN accuracy {row['accuracy']:.1%}"
+    if row["kind"] == "eval":
+        return f"epoch {row['epoch'] + 1}: top-1 {row['top1']:.2%} top-5 {row['top5']:.2%} ({row['on']})"
     timing = row["timing"]
     return (
         f"epoch {row['epoch'] + 1} loss {_number(row['loss'], '.3f')} "

@@ -14,7 +14,7 @@ from synco_fast.data import operator
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.recipes import RECIPES
-from synco_fast.engine import checkpoints, distributed, foreign
+from synco_fast.engine import checkpoints, distributed, foreign, optim
 from synco_fast.engine import speed as speeds
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.probe import KnnProbe, held_out_like
@@ -70,7 +70,7 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     speed = check(config, processes)
     index, output = find_data(config, processes), Path(config.output)
     data = {"samples": len(index), "digest": index.digest}
-    path = _checkpoint_to_resume(output, resume)
+    path = checkpoint_to_resume(output, resume)
     state = theirs = None
     if path is not None:
         content = checkpoints.read(path)
@@ -82,7 +82,7 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
 
     speeds.choose_algorithms(processes.device, config.trainer.deterministic)
     contrast = speeds.apply(speed, build_contrast(config, processes))
-    place = {} if state is None else _place(state["loader"], processes, path, len(index))
+    place = {} if state is None else loader_place(state["loader"], processes, path, len(index))
     if theirs is not None:
         place = {"epoch": theirs.epochs}
     loader = build_loader(config, processes, index, place)
@@ -176,8 +176,12 @@ def build_loader(config: Config, processes: Processes, index: Index, place: dict
     )
 
 
-def _place(saved: dict[str, Any], processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
-    """Place and skipped samples of this process's loader. With another number of processes, all know all of them."""
+def loader_place(saved: dict[str, Any], processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
+    """Place and skipped samples of this process's loader. With another number of processes, all know all of them.
+
+    Raises:
+        UserError: what was saved is no place in a data set of so many samples.
+    """
     try:
         lists = [[int(sample) for sample in part] for part in saved["skipped"]]
         known = lists[processes.rank : processes.rank + 1] if len(lists) == processes.world_size else lists
@@ -203,19 +207,22 @@ def _probe(config: Config, processes: Processes, index: Index) -> KnnProbe | Non
     return KnnProbe(config.data, processes, index, test, bf16=config.trainer.precision == "bf16")
 
 
-def _checkpoint_to_resume(output: Path, resume: str | None) -> Path | None:
+def checkpoint_to_resume(output: Path, resume: str | None, option: str = "--set output=DIR") -> Path | None:
+    """The checkpoint that `--resume` means, or None to start; `option` names another output folder.
+
+    Raises:
+        UserError: the folder holds a run that would be replaced.
+    """
     latest = checkpoints.folder(output) / checkpoints.LATEST
     if resume is None:
         if latest.exists():
-            raise UserError(
-                f"{output} already holds a run: go on with --resume auto, or choose another --set output=DIR"
-            )
+            raise UserError(f"{output} already holds a run: go on with --resume auto, or choose another {option}")
         return None
     if resume == "auto":
         return latest if latest.exists() else None
     if latest.exists() and Path(resume).resolve().parent != latest.parent.resolve():
         raise UserError(
-            f"{output} already holds another run than {resume}, which would replace it; choose another --set output=DIR"
+            f"{output} already holds another run than {resume}, which would replace it; choose another {option}"
         )
     return Path(resume)
 
@@ -243,10 +250,7 @@ def _begun(trainer: Trainer, theirs: foreign.Foreign, path: Path) -> dict[str, A
 def _load_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     try:
         trainer.load_state(state)
-        # torch does not compare these, and a fused step would write past their end.
-        for parameter, kept in trainer.train_step.optimizer.state.items():
-            if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
-                raise ValueError(f"momentum of shape {list(kept['momentum_buffer'].shape)} for {list(parameter.shape)}")
+        optim.check_momentum(trainer.train_step.optimizer)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot resume, its state does not fit this model: {reason}") from error

@@ -90,7 +90,7 @@ class Trainer:
                 self._metrics.close()
 
     def _loop(self, progress: TrainingProgress) -> None:
-        clock = _Clock(self.config.data.batch_size)
+        clock = Clock(self.config.data.batch_size)
         first = self.step
         if self.total_steps == 0 and self.step == 0:
             self.save()
@@ -179,7 +179,7 @@ class Trainer:
     def _row(self, kind: str, epoch: int) -> dict[str, Any]:
         return {"kind": kind, "step": self.step, "epoch": epoch}
 
-    def _train_row(self, epoch: int, clock: "_Clock") -> dict[str, Any]:
+    def _train_row(self, epoch: int, clock: "Clock") -> dict[str, Any]:
         means = self.train_step.meter.read()
         rate = clock.read()
         remaining = (self.total_steps - self.step) * self.config.data.batch_size / rate["images_per_second"]
@@ -258,7 +258,7 @@ class Trainer:
         )
 
 
-class _Clock:
+class Clock:
     """Throughput and the share of time spent waiting for data, since the last reading."""
 
     def __init__(self, batch_size: int) -> None:

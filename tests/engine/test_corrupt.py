@@ -13,7 +13,7 @@ import torch
 
 from synco_fast.data.index import scan
 from synco_fast.engine.distributed import Processes
-from synco_fast.engine.run import _place
+from synco_fast.engine.run import loader_place
 from tests.command import call, check_error
 from tests.conftest import TINY, environment
 from tests.data.conftest import photograph
@@ -137,7 +137,7 @@ def test_lists_of_skipped_files_on_another_number_of_processes() -> None:
     saved = {"epoch": 1, "step": 2, "skipped": [[3, 1], [1, 7]]}
 
     def skipped(rank: int, world_size: int) -> list[int]:
-        return _place(saved, Processes(rank, world_size, torch.device("cpu")), Path("latest.pt"), 8)["skipped"]
+        return loader_place(saved, Processes(rank, world_size, torch.device("cpu")), Path("latest.pt"), 8)["skipped"]
 
     assert [skipped(0, 2), skipped(1, 2)] == saved["skipped"]
     assert skipped(0, 1) == skipped(3, 4) == [3, 1, 7]

@@ -1,0 +1,162 @@
+"""What a run of trainings keeps on disk, shows, and stops and goes on by: as pretraining does."""
+
+import signal
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from synco_fast.config_text import listing
+from synco_fast.engine import checkpoints
+from synco_fast.engine.distributed import reduce_max
+from synco_fast.engine.metrics import MetricsLog
+from synco_fast.engine.progress import TrainingProgress
+from synco_fast.engine.run import checkpoint_to_resume
+from synco_fast.errors import UserError
+from synco_fast.evaluation.session import Session
+from synco_fast.files import make_folder
+
+FILES = ("checkpoints", "metrics.jsonl", "tensorboard")
+"""What a journal leaves in the output folder."""
+
+_ENTRIES = {"command": str, "run": dict, "finished": list, "step": int, "training": dict}
+
+
+class Journal:
+    """Metrics, progress, checkpoints and signals of one run, which is one training or several, one after the other.
+
+    Entered, it makes the output folder and waits for signals; before that nothing is written.
+
+    Args:
+        session: the evaluation. settings: of the command, as JSON; with other ones a run is another.
+        resume: None to start, "auto" to go on if there is something to go on with, or a checkpoint's path.
+
+    Attributes:
+        finished: results of the trainings that are over.
+        step: steps done by then, over all trainings. path: of the checkpoint gone on from, or None.
+
+    Raises:
+        UserError: the checkpoint is damaged or of another run, or the folder holds a run that would be replaced.
+    """
+
+    def __init__(self, session: Session, settings: dict[str, Any], resume: str | None) -> None:
+        self.processes, self.output = session.processes, session.request.output
+        self.finished: list[dict[str, Any]] = []
+        self.step = 0
+        self.path = checkpoint_to_resume(self.output, resume, "--output DIR")
+        self._command, self._run = session.command, _identity(session, settings)
+        self._saved: dict[str, Any] | None = None
+        if self.path is not None:
+            state = self._checked(checkpoints.read(self.path))
+            self.finished, self.step, self._saved = state["finished"], state["step"], state["training"]
+        self._signal: int | None = None
+        self._metrics: MetricsLog | None = None
+        self._progress: TrainingProgress | None = None
+        self._total = 0
+
+    def take(self) -> dict[str, Any] | None:
+        """The state of the training that was under way, once: the next training is a new one."""
+        state, self._saved = self._saved, None
+        return state
+
+    def opened(self, total: int) -> "Journal":
+        """Itself, to be entered; `total` steps over all trainings."""
+        self._total = total
+        return self
+
+    def __enter__(self) -> "Journal":
+        main = self.processes.is_main
+        if main:
+            make_folder(checkpoints.folder(self.output))
+        self.processes.barrier()
+        self._metrics = MetricsLog(self.output, self.step) if main else None
+        self._progress = TrainingProgress(self._total, self.step, quiet=not main)
+        if self.step >= self._total:
+            self._progress.say(f"nothing to do: step {self.step} of {self._total} is done")
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        assert self._progress is not None
+        self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def advance(self, step: int) -> None:
+        """So many steps are done."""
+        self.step = step
+        assert self._progress is not None
+        self._progress.advance(step)
+
+    def remaining(self) -> int:
+        """Steps to do, over all trainings."""
+        return self._total - self.step
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Show and write a row of the metrics."""
+        assert self._progress is not None
+        self._progress.report(row)
+        if self._metrics is not None:
+            self._metrics.write(row)
+
+    def warn(self, text: str) -> None:
+        """Say what only this process knows."""
+        assert self._progress is not None
+        self._progress.warn(text)
+
+    def save(self, training: dict[str, Any]) -> None:
+        """Write a checkpoint; all processes call it, the main one writes."""
+        if self._metrics is not None:
+            self._metrics.sync()
+            state = {
+                "command": self._command,
+                "run": self._run,
+                "finished": self.finished,
+                "step": self.step,
+                "training": training,
+            }
+            checkpoints.save(self.output, state, keep_as_epoch=None)
+        self.processes.barrier()
+
+    def interrupted(self, agree: bool) -> bool:
+        """Whether to stop here. Processes must stop at the same step, so several on GPUs agree when they log."""
+        if self.processes.world_size == 1:
+            return self._signal is not None
+        if not agree and self.processes.device.type == "cuda":
+            return False
+        return bool(reduce_max(torch.tensor(float(self._signal is not None), device=self.processes.device)))
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        # A second Ctrl-C means now. A second SIGTERM means nothing: schedulers and torchrun send one each.
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
+        if wrong or state["command"] != self._command:
+            what = f"it lacks {', '.join(wrong)}" if wrong else f"it is one of {state['command']}"
+            raise UserError(f"{self.path}: not a checkpoint of synco-fast {self._command}: {what}")
+        changed = [
+            f"{name} is {now!r}, was {state['run'].get(name)!r}"
+            for name, now in self._run.items()
+            if state["run"].get(name) != now
+        ]
+        if changed:
+            raise listing(f"{self.path}: cannot resume, this is another run (start it in another --output)", changed)
+        return state
+
+
+def _identity(session: Session, settings: dict[str, Any]) -> dict[str, Any]:
+    data = session.data
+    return settings | {
+        "precision": session.request.precision,
+        "weights": session.weights.about["sha256"],
+        "training images": session.bank.digest,
+        "held-out images": session.held_out.digest,
+        **{f"data.{name}": getattr(data, name) for name in ("image_size", "eval_resize", "dtype")},
+    }
