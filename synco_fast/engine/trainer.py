@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from torch import Tensor
 from synco_fast.config import Config
 from synco_fast.data.loader import Batch, TrainLoader
 from synco_fast.engine import checkpoints
-from synco_fast.engine.distributed import Processes, gather_numbers, reduce_max, reduce_mean
+from synco_fast.engine.distributed import Processes, gather_numbers, reduce_mean
 from synco_fast.engine.metrics import MetricsLog, named
 from synco_fast.engine.probe import KnnProbe
 from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.schedules import learning_rate
 from synco_fast.engine.speed import Speed
 from synco_fast.engine.step import TrainStep
+from synco_fast.engine.stopping import StopSignal
 from synco_fast.errors import Interrupted, UserError
 from synco_fast.files import write_text_atomically
 from synco_fast.machine import memory_beside_pytorch
@@ -61,7 +61,7 @@ class Trainer:
         self.step = 0
         # Epoch and samples of each step that the guard was not asked about.
         self._unchecked: dict[int, tuple[int, Tensor]] = {}
-        self._signal: int | None = None
+        self._stop = StopSignal(processes)
         self._metrics: MetricsLog | None = None
 
     def run(self) -> None:
@@ -78,12 +78,10 @@ class Trainer:
         self.loader.bad.on_skip = progress.warn
         if self.probe is not None:
             self.probe.on_skip = progress.warn
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self._loop(progress)
+            with self._stop:
+                self._loop(progress)
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             progress.close()
             self.loader.close()
             if self._metrics is not None:
@@ -115,7 +113,7 @@ class Trainer:
                 self.loader.close()  # what it holds is for evaluation to use; it opens again where it was
                 self._report(self._knn_row(batch.epoch, self.probe), progress)
                 clock.restart()
-            interrupted = not last and self._interrupted(agree=logging)
+            interrupted = not last and self._stop.came(agree=logging)
             if self._checkpoint_due(epoch, inside, last) or interrupted:
                 self.save(keep_as_epoch=self._epoch_to_keep(epoch, inside, last))
             if interrupted:
@@ -208,21 +206,6 @@ class Trainer:
     def _epoch_to_keep(self, epoch: int, inside: int, last: bool) -> int | None:
         keep = inside == 0 and (last or epoch % self.config.checkpoint.keep_every == 0)
         return epoch if keep else None
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        # A second Ctrl-C means now. A second SIGTERM means nothing: schedulers and torchrun send one each.
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = number
-
-    def _interrupted(self, agree: bool) -> bool:
-        """Whether to stop here. Processes must stop at the same step, so several on GPUs agree when they log."""
-        if self.processes.world_size == 1:
-            return self._signal is not None
-        if not agree and self.processes.device.type == "cuda":
-            return False
-        flag = torch.tensor(float(self._signal is not None), device=self.processes.device)
-        return bool(reduce_max(flag))
 
     def _stop_if_weights_overflowed(self) -> None:
         """The guard sees a step's loss and gradient, so what its update made of the weights shows one step later."""

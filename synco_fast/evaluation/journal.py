@@ -1,17 +1,14 @@
 """What a run of trainings keeps on disk, shows, and stops and goes on by: as pretraining does."""
 
-import signal
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from synco_fast.config_text import listing
 from synco_fast.engine import checkpoints
-from synco_fast.engine.distributed import reduce_max
 from synco_fast.engine.metrics import MetricsLog
 from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.run import checkpoint_to_resume
+from synco_fast.engine.stopping import StopSignal
 from synco_fast.errors import UserError
 from synco_fast.evaluation.session import Session
 from synco_fast.files import make_folder
@@ -49,7 +46,7 @@ class Journal:
         if self.path is not None:
             state = self._checked(checkpoints.read(self.path))
             self.finished, self.step, self._saved = state["finished"], state["step"], state["training"]
-        self._signal: int | None = None
+        self._stop = StopSignal(session.processes)
         self._metrics: MetricsLog | None = None
         self._progress: TrainingProgress | None = None
         self._total = 0
@@ -73,14 +70,13 @@ class Journal:
         self._progress = TrainingProgress(self._total, self.step, quiet=not main)
         if self.step >= self._total:
             self._progress.say(f"nothing to do: step {self.step} of {self._total} is done")
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._stop.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._stop.__exit__(kind, error, traceback)
         assert self._progress is not None
         self._progress.close()
         if self._metrics is not None:
@@ -123,18 +119,8 @@ class Journal:
         self.processes.barrier()
 
     def interrupted(self, agree: bool) -> bool:
-        """Whether to stop here. Processes must stop at the same step, so several on GPUs agree when they log."""
-        if self.processes.world_size == 1:
-            return self._signal is not None
-        if not agree and self.processes.device.type == "cuda":
-            return False
-        return bool(reduce_max(torch.tensor(float(self._signal is not None), device=self.processes.device)))
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        # A second Ctrl-C means now. A second SIGTERM means nothing: schedulers and torchrun send one each.
-        if self._signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = number
+        """Whether to stop here, see `StopSignal.came`."""
+        return self._stop.came(agree)
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
