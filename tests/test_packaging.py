@@ -22,13 +22,13 @@ PIP_INSTALL = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolati
 USE = """
 import logging, sys
 from importlib.resources import files
+from pathlib import Path
 import torch
 import synco_fast
 from synco_fast.ops import HardNegatives, infonce
 
 print("from", synco_fast.__file__)
-folders = (files("synco_fast.configs"), files("synco_fast.configs") / "sweeps")
-print("configs", sorted(file.name for folder in folders for file in folder.iterdir() if file.name.endswith(".yaml")))
+print("configs", sorted(file.name for file in Path(str(files("synco_fast.configs"))).rglob("*.yaml")))
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 q, k, queue = (torch.nn.functional.normalize(torch.randn(rows, 16), dim=1) for rows in (4, 4, 32))
 for name in sys.argv[1:]:
