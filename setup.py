@@ -171,6 +171,6 @@ def cuda_headers(cuda_home: str | None) -> str | None:
 setup(
     packages=[*find_packages(include=["synco_fast", "synco_fast.*"]), "synco_fast.configs"],
     package_dir={"synco_fast.configs": "configs"},
-    package_data={"synco_fast.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={"synco_fast.configs": ["**/*.yaml"]},
     **compiled_kernels(),
 )

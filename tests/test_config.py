@@ -27,7 +27,7 @@ PUBLISHED = {
 
 
 def yaml_files(folder: Path) -> dict[str, bytes]:
-    """Those of configurations and of sweeps, by their paths in the folder."""
+    """All of them, by their paths in the folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.yaml")}
 
 

@@ -31,7 +31,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def came(self, agree: bool) -> bool:
-        """Whether to stop here. All processes call it; several on GPUs look only where they agree, which takes a wait."""
+        """Whether to stop here. All processes call it; on GPUs several look only to agree, which takes a wait."""
         if self._processes.world_size == 1:
             return self._number is not None
         if not agree and self._processes.device.type == "cuda":

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from synco_fast.data.index import Index, scan
-from tests.conftest import environment
+from tests.command import call
+from tests.conftest import SYNCO_FAST, environment
 from tests.engine.runs import differences, final_state, kill_after, pretrain_command, rows, run_until
 from tests.formats import FORMATS
 
@@ -88,16 +89,13 @@ def test_killed_while_reading_shards(
 
 
 def test_the_random_start_is_a_checkpoint(images: Path, tiny: Path, tmp_path: Path) -> None:
-    """Of no steps: the run goes on from it as from any other, and asked for again it stays what it is."""
-    none = pretrain_command(tiny, images, tmp_path / "run", "--set", "trainer.max_steps=0")
-    for _ in range(2):
-        subprocess.run(none, check=True, env=environment(), capture_output=True)
-        assert final_state(tmp_path / "run")["step"] == 0
-        assert rows(tmp_path / "run") == []
-    two = ("--set", "trainer.max_steps=2")
-    for output in ("run", "whole"):
-        command = pretrain_command(tiny, images, tmp_path / output, *two)
-        subprocess.run(command, check=True, env=environment(), capture_output=True)
+    """Of no steps: asked for again it stays what it is, and a run goes on from it as if it had begun itself."""
+    for name, steps in (("run", 0), ("run", 0), ("run", 2), ("whole", 2)):
+        command = pretrain_command(tiny, images, tmp_path / name, "--set", f"trainer.max_steps={steps}")
+        done = call(*command[len(SYNCO_FAST) :])
+        assert done.code == 0, done.err
+        assert final_state(tmp_path / name)["step"] == steps
+        assert [row["step"] for row in rows(tmp_path / name)] == list(range(1, steps + 1))
     assert differences(final_state(tmp_path / "run"), final_state(tmp_path / "whole")) == []
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
