@@ -91,9 +91,7 @@ def linear(
     resume: Resume = None,
     cached: Annotated[
         bool,
-        typer.Option(
-            "--cached", help="Logistic regression on centre-crop features instead: minutes, an approximation."
-        ),
+        typer.Option("--cached", help="Logistic regression on centre-crop features instead: an approximation."),
     ] = False,
     overrides: DataOverrides = None,
     device: Device = "auto",

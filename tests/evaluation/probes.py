@@ -58,10 +58,12 @@ def process(arguments: list[str]) -> list[str]:
     return [*SYNCO_FAST, *arguments]
 
 
-def signalled(command: list[str], text: str, number: int, saved_in: Path | None = None) -> tuple[int, str]:
+def signalled(
+    command: list[str], text: str, number: int, *, saved_in: Path | None = None, pause: float = 0.0
+) -> tuple[int, str]:
     """Start a run, send it a signal once it has said a line that begins so; its exit code and what it said.
 
-    With `saved_in`, its output, the signal waits for the checkpoint after that line.
+    With `saved_in`, its output, the signal waits for the checkpoint after that line; then for `pause` seconds.
     """
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
@@ -72,6 +74,7 @@ def signalled(command: list[str], text: str, number: int, saved_in: Path | None 
             step = int(line.split()[1].partition("/")[0])
             while saved_in is not None and _saved_step(saved_in) < step:
                 time.sleep(0.01)
+            time.sleep(pause)
             process.send_signal(number)
             break
     seen += process.stderr.readlines()

@@ -129,28 +129,28 @@ def test_a_frozen_backbone_with_nan_is_itself(weights: Path) -> None:
     check_unchanged(backbone, {name: value.clone() for name, value in backbone.state_dict().items()})
 
 
-def test_stopped_killed_and_resumed(weights: Path, data: Path, tmp_path: Path) -> None:
-    """SIGTERM within an epoch of 63 steps, SIGKILL at its end: the bits and metrics of a run left alone."""
+def test_stopped_killed_and_resumed(weights: Path, images: Path, tmp_path: Path) -> None:
+    """SIGTERM within an epoch of 100 steps, SIGKILL at its end: the bits and metrics of a run left alone."""
     options = ("--epochs", 2, "--lr", 0.01, "--batch-size", 1, "--resume", "auto")
     whole, output = tmp_path / "whole", tmp_path / "run"
-    assert call(*commanded("linear", weights, data, whole, *options)).code == 0
-    arguments = commanded("linear", weights, data, output, *options)
-    code, said = signalled(process(arguments), "step 50/126", signal.SIGTERM)
+    assert call(*commanded("linear", weights, images, whole, *options)).code == 0
+    arguments = commanded("linear", weights, images, output, *options)
+    code, said = signalled(process(arguments), "step 50/200", signal.SIGTERM, pause=0.2)
     assert code == 75 and "--resume auto" in said and "Traceback" not in said, said
     stopped = state_of(output)
-    assert 50 <= stopped["step"] < 63 and stopped["training"]["tally"]["steps"] == stopped["step"] - 50
+    assert 50 < stopped["step"] < 100 and stopped["training"]["tally"]["steps"] == stopped["step"] - 50
     assert not (output / "result.json").exists()
-    code, said = signalled(process(arguments), "step 63/126 epoch 1: top-1", signal.SIGKILL)
-    assert code == -signal.SIGKILL and state_of(output)["step"] in (63, stopped["step"]), said
+    code, said = signalled(process(arguments), "step 100/200 epoch 1: top-1", signal.SIGKILL)
+    assert code == -signal.SIGKILL and state_of(output)["step"] in (100, stopped["step"]), said
     done = call(*arguments)
-    assert done.code == 0 and "step 126/126" in done.err and "step 50/126" not in done.err, done.err
+    assert done.code == 0 and "step 200/200" in done.err and "step 50/200" not in done.err, done.err
     assert differences(state_of(output), state_of(whole)) == []
     assert rows(output) == rows(whole) and result_of(output) == result_of(whole)
     assert (output / "head.safetensors").read_bytes() == (whole / "head.safetensors").read_bytes()
     assert not list(output.rglob(".*.tmp"))
     # Once more, there is nothing left to do but to say so.
     again = call(*arguments)
-    assert again.code == 0 and "nothing to do: step 126 of 126 is done" in again.err, again.err
+    assert again.code == 0 and "nothing to do: step 200 of 200 is done" in again.err, again.err
     assert again.out == done.out and rows(output) == rows(whole)
 
 
