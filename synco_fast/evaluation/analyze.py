@@ -143,14 +143,13 @@ def _plan(session: Session, queries: int | None, queue: int | None, n_hard: int 
 def _drawn(session: Session) -> tuple[list[int], list[str]]:
     """The held-out images to project, and their classes' names: ten classes at most, evenly spaced by number."""
     count = len(session.held_out.classes)
-    steps = max(1, DRAWN_CLASSES - 1)
-    chosen = list(range(count)) if count <= DRAWN_CLASSES else [i * (count - 1) // steps for i in range(DRAWN_CLASSES)]
+    chosen = torch.linspace(0, count - 1, min(count, DRAWN_CLASSES)).round().long()
     assert session.held_out.labels is not None
-    rows = torch.isin(session.held_out.labels, torch.tensor(chosen)).nonzero()[:, 0]
+    rows = torch.isin(session.held_out.labels, chosen).nonzero()[:, 0]
     if len(rows) < 3:
         raise UserError(f"{session.held_out.root}: has {len(rows)} images, and a projection needs 3 or more")
     spaced = torch.arange(min(len(rows), DRAWN_IMAGES)) * len(rows) // min(len(rows), DRAWN_IMAGES)
-    return rows[spaced].tolist(), [session.held_out.classes[i] for i in chosen]
+    return rows[spaced].tolist(), [session.held_out.classes[i] for i in chosen.tolist()]
 
 
 @torch.no_grad()
@@ -164,7 +163,10 @@ def _embed(session: Session, plan: Plan, encoder: Encoder, seed: int, progress: 
     try:
         for batch in loader:
             if batch.epoch > 0:
-                raise UserError(f"{session.bank.root}: {total} images were to be read, and only {done} can be decoded")
+                raise UserError(
+                    f"{session.bank.root}: --queries {plan.queries} and --queue {plan.queue} need {total} images, and "
+                    f"with bad files left out there are {done} in whole batches; lower one of them"
+                )
             images = min(len(batch.samples), total - done)
             parts["keys"].append(_embeddings(key_encoder, batch.views[1][:images], session.bf16)[0])
             parts["labels"].append(loader.labels(batch.samples[:images]))

@@ -1,6 +1,7 @@
 """`synco-fast analyze` on real JPEGs, against the same numbers computed here from the views, in float64."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,22 @@ def test_weights_that_are_not_finite(checkpoint: Path, images: Path, tmp_path: P
     state["model"]["query_encoder.head.2.bias"][0] = torch.nan
     torch.save(state, tmp_path / "damaged.pt")
     refused(tmp_path / "out", ("damaged.pt", "not finite"), tmp_path / "damaged.pt", "--data", images)
+
+
+def test_bad_files_that_are_left_out(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    """Five of 100, of which an epoch of 96 can spare four: then a batch of it is lost."""
+    shutil.copytree(images, tmp_path / "images")
+    for i in range(5):
+        bad = tmp_path / "images" / "train" / "class0" / f"{i:03d}.jpg"
+        bad.write_bytes(bad.read_bytes()[:100])
+    skip = ("--data", tmp_path / "images", "--set", "data.on_corrupt=skip", "--output", tmp_path / "out")
+    done = call("analyze", checkpoint, *skip)
+    error = done.err[done.err.index("error: ") :]
+    check_error(done.code, error, ("--queries 24", "--queue 72", "96 images", "80 in whole batches"))
+    assert not (tmp_path / "out").exists()
+    done = call("analyze", checkpoint, *skip, "--queue", 50)
+    assert done.code == 0, done.err
+    assert "skipping image file" in done.err
 
 
 def refused(output: Path, names: tuple[str, ...], *arguments: object) -> None:
