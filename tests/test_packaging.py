@@ -22,7 +22,6 @@ PIP_INSTALL = [sys.executable, "-m", "pip", "install", "-v", "--no-build-isolati
 USE = """
 import logging, sys
 from importlib.resources import files
-from pathlib import Path
 import torch
 import synco_fast
 from synco_fast.ops import HardNegatives, infonce
