@@ -110,7 +110,7 @@ def linear(
     from synco_fast.evaluation import linear as probe
 
     text = "whole numbers above 0, as in 60,80"
-    result = probe.linear(
+    probe.linear(
         request,
         epochs=epochs,
         lr=lr,
@@ -119,9 +119,6 @@ def linear(
         seed=seed,
         resume=resume,
     )
-    top = result["metrics"]
-    typer.echo(f"linear probe: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%} after epoch {epochs}")
-    typer.echo(f"best top-1 {top['best_top1']:.2%} after epoch {result['best_epoch']}; {output / 'result.json'}")
 
 
 def _linear_cached(context: typer.Context, request: "Request", seed: int) -> None:
@@ -134,12 +131,7 @@ def _linear_cached(context: typer.Context, request: "Request", seed: int) -> Non
             raise UserError(
                 f"--cached and --{name.replace('_', '-')}: nothing is trained by steps; give one of the two"
             )
-    result = cached(request, seed=seed)
-    top, solver = result["metrics"], result["solver"]
-    typer.echo(f"{result['label']}: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%}")
-    if not solver["converged"]:
-        typer.echo(f"not converged: gradient {solver['gradient']:.1e} after {solver['iterations']} iterations")
-    typer.echo(f"L2 penalty {result['l2']:g}, chosen on held-back training images; {request.output / 'result.json'}")
+    cached(request, seed=seed)
 
 
 @app.command()
@@ -175,7 +167,7 @@ def semisup(
 
     rates = {"--lr-backbone": lr_backbone, "--lr-head": lr_head}
     backbone, head = (numbers(name, text, float, "numbers above 0, as in 0.01,0.05") for name, text in rates.items())
-    result = tuning.semisup(
+    tuning.semisup(
         Request(checkpoint, data, output, overrides or (), device, precision),
         fraction=fraction,
         listed=listed,
@@ -187,11 +179,6 @@ def semisup(
         seed=seed,
         resume=resume,
     )
-    for row in result["validation"]:
-        typer.echo(f"validation top-1 {row['top1']:.2%} (backbone {row['lr_backbone']:g}, head {row['lr_head']:g})")
-    top, chosen = result["metrics"], result["chosen"]
-    typer.echo(f"fine-tuned on {result['subset']['images']} images: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%}")
-    typer.echo(f"backbone {chosen['lr_backbone']:g}, head {chosen['lr_head']:g}; {output / 'result.json'}")
 
 
 def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:

@@ -5,7 +5,7 @@ work are refused together, each by its path. What depends on the number of proce
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -260,12 +260,18 @@ class _Preparation(Section):
     data: Data
 
 
-def prepare(data: Data, overrides: Sequence[str]) -> Data:
-    """How images are prepared: `data`, with overrides `data.KEY=VALUE` on top.
+def prepare(data: Data, overrides: Sequence[str], unread: Collection[str] = ("root", "recipe")) -> Data:
+    """How images are prepared for an evaluation: `data`, with overrides `data.KEY=VALUE` on top.
+
+    Args:
+        unread: keys that mean nothing there, and so are refused.
 
     Raises:
         UserError: naming each key that is wrong, its value, and what is allowed.
     """
+    for override in overrides:
+        if override.partition("=")[0].strip() in {f"data.{key}" for key in unread}:
+            raise UserError(f"--set {override}: nothing here depends on it (--data gives the images)")
     values: dict[str, Any] = {"data": data.model_dump()}
     for override in overrides:
         config_text.apply_override(values, override)

@@ -72,7 +72,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Apply `a.b=c` in place; c is read as YAML. The schema judges the key afterwards."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.strip().split(".")):
-        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set optim.lr=0.06")
+        raise UserError(f"--set {override}: expected KEY=VALUE, for example --set data.image_size=96")
     set_key(values, path.strip(), _parse(text, f"--set {override}"), f"--set {override}")
 
 

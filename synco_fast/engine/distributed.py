@@ -33,8 +33,8 @@ class Processes:
             dist.barrier()
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` to this process's device.
+def choose_device(wanted: str, option: str = "trainer.device =") -> torch.device:
+    """`auto`, `cpu` or `cuda` to this process's device. `option` is what errors call it.
 
     Raises:
         UserError: cuda was asked for and there is none, or not one for each process.
@@ -43,10 +43,10 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("trainer.device = cuda: PyTorch sees no CUDA device; `synco-fast doctor` says why")
+        raise UserError(f"{option} cuda: PyTorch sees no CUDA device; `synco-fast doctor` says why")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"trainer.device = {wanted}: local process {local_rank} has no GPU of its own, this machine has "
+            f"{option} {wanted}: local process {local_rank} has no GPU of its own, this machine has "
             f"{torch.cuda.device_count()}; start as many processes as GPUs"
         )
     return torch.device("cuda", local_rank)

@@ -79,7 +79,7 @@ def winners(similarity: Tensor, labels: Tensor, *, k: int, temperature: float) -
     """
     similarity, labels = similarity[:, :k], labels[:, :k]
     # The largest similarity is taken off, which changes no winner and keeps the exponential finite.
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    weights = ((similarity - similarity[:, :1]).double() / temperature).exp()
     classes = int(labels.max()) + 1
     found = []
     for some_weights, some_labels in zip(weights.split(_QUERIES), labels.split(_QUERIES), strict=True):

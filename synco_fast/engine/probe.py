@@ -48,7 +48,7 @@ class KnnProbe:
             Accuracies in that order, and the numbers of images used: `bank`, `held_out`.
 
         Raises:
-            UserError: no image of one of the two sets can be used.
+            UserError: no image of one of the two sets can be used, or features are not finite.
         """
         # Each process has batch norm statistics of its own; the main one's are the model's.
         broadcast_buffers(encoder)
@@ -65,6 +65,11 @@ class KnnProbe:
         if count == 0:
             raise self._unusable(self.held_out, "held out")
         return [number / count for number in correct], {"bank": rows, "held_out": count}
+
+    @property
+    def images(self) -> int:
+        """How many images a measurement goes through, those of all processes."""
+        return len(self.held_out) + len(self.bank) * -(-len(self.held_out) // _HELD_OUT)
 
     def _queries(self, encoder: Encoder, part: Index, start: int) -> tuple[Tensor, Tensor]:
         """Features and labels of a part of the held-out images, those of all processes."""
@@ -92,11 +97,16 @@ class KnnProbe:
             raise self._unusable(self.bank, "bank")
         similarity, classes = neighbours.best()
         if self.processes.world_size > 1:
+            k = min(k, rows)
             # A share may have fewer rows than k: what fills it up has no say.
             short = k - similarity.shape[1]
             similarity, classes = F.pad(similarity, (0, short), value=-torch.inf), F.pad(classes, (0, short))
             similarity, classes = (all_gather_rows(share.T.contiguous()).T for share in (similarity, classes))
-            similarity, classes = merged(similarity, classes, min(k, rows))
+            similarity, classes = merged(similarity, classes, k)
+        if not bool(
+            similarity[:, 0].isfinite().all()
+        ):  # a row that is not finite is everybody's neighbour, or nobody's
+            raise UserError("kNN: the backbone's features are not finite, so nothing can be said of these weights")
         return similarity, classes, rows
 
     def _loader(self, index: Index, skipped: Sequence[int]) -> EvalLoader:

@@ -46,21 +46,31 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
 @contextlib.contextmanager
 def joined(config: Config) -> Iterator[Processes]:
     """The processes of a run, this one among them, until its end; that its memory does not suffice is a UserError."""
-    processes = distributed.start(distributed.choose_device(config.trainer.device))
+    advice = (
+        f"lower data.batch_size = {config.data.batch_size}, raise trainer.accumulate = {config.trainer.accumulate}, "
+        f"set speed.recompute to true, or lower queue.size = {config.queue.size}, model.dim = {config.model.dim} or "
+        f"data.image_size = {config.data.image_size}"
+    )
+    with processes_on(distributed.choose_device(config.trainer.device), advice) as processes:
+        try:
+            yield processes
+        except RuntimeError as error:
+            if not _in_compiler(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"torch.compile failed: {reason}; set speed.compile to false to do without it") from error
+
+
+@contextlib.contextmanager
+def processes_on(device: torch.device, advice: str) -> Iterator[Processes]:
+    """The processes of whatever runs on a device, until its end; `advice` says what to do where memory runs out."""
+    processes = distributed.start(device)
     try:
         yield processes
     except RuntimeError as error:
-        if _in_compiler(error):
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"torch.compile failed: {reason}; set speed.compile to false to do without it") from error
         if not _out_of_memory(error):
             raise
-        raise UserError(
-            f"out of memory on {processes.device}: lower data.batch_size = {config.data.batch_size}, raise "
-            f"trainer.accumulate = {config.trainer.accumulate}, set speed.recompute to true, or lower "
-            f"queue.size = {config.queue.size}, model.dim = {config.model.dim} or data.image_size = "
-            f"{config.data.image_size}"
-        ) from error
+        raise UserError(f"out of memory on {device}: {advice}") from error
     finally:
         distributed.stop()
 

@@ -15,7 +15,7 @@ from synco_fast.engine.progress import CountProgress
 from synco_fast.errors import UserError
 from synco_fast.evaluation.classifier import right
 from synco_fast.evaluation.linear import HEAD, write_head
-from synco_fast.evaluation.session import Request, Session, opened
+from synco_fast.evaluation.session import RESULT, Request, Session, opened
 from synco_fast.evaluation.subset import hold_back
 from synco_fast.files import make_folder
 
@@ -64,8 +64,13 @@ def cached(request: Request, *, seed: int) -> dict[str, Any]:
         make_folder(request.output)
         weight, bias = scaler.folded(regression.weight, regression.bias)
         write_head(request.output, weight, bias)
+        top1, top5 = counts[0] / len(test), counts[1] / len(test)
+        session.say(f"{LABEL}: top-1 {top1:.2%}, top-5 {top5:.2%}")
+        if not solved["converged"]:
+            session.say(f"not converged: gradient {solved['gradient']:.1e} after {solved['iterations']} iterations")
+        session.say(f"L2 penalty {best['l2']:g}, chosen on held-back training images; {request.output / RESULT}")
         return session.write(
-            {"top1": counts[0] / len(test), "top5": counts[1] / len(test)},
+            {"top1": top1, "top5": top5},
             {"seed": seed, "penalties": list(PENALTIES), "held_back": HELD_BACK},
             protocol="cached",
             label=LABEL,

@@ -13,7 +13,7 @@ from synco_fast.data import operator
 from synco_fast.errors import UserError
 from synco_fast.evaluation.classifier import Protocol, Training, check_batch
 from synco_fast.evaluation.journal import FILES, Journal
-from synco_fast.evaluation.session import Request, opened
+from synco_fast.evaluation.session import RESULT, Request, opened
 from synco_fast.files import write_atomically
 
 HEAD = "head.safetensors"
@@ -64,8 +64,11 @@ def linear(
         if session.processes.is_main:
             write_head(request.output, training.model.head.weight, training.model.head.bias)
         best = max(range(epochs), key=lambda epoch: training.accuracies[epoch]["top1"])
+        top1 = training.accuracies[best]["top1"]
+        session.say(f"linear probe: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after epoch {epochs}")
+        session.say(f"best top-1 {top1:.2%} after epoch {best + 1}; {request.output / RESULT}")
         return session.write(
-            {**last, "best_top1": training.accuracies[best]["top1"]},
+            {**last, "best_top1": top1},
             settings,
             protocol="probe",
             best_epoch=best + 1,

@@ -22,7 +22,7 @@ def knn(request: Request, *, ks: Sequence[int], temperatures: Sequence[float]) -
     votes = [(k, temperature) for k in ks for temperature in temperatures]
     with opened("knn", request) as session:
         probe = KnnProbe(session.data, session.processes, session.bank, session.held_out, bf16=session.bf16)
-        share = (len(session.bank) + len(session.held_out)) // session.processes.world_size
+        share = probe.images // session.processes.world_size
         with CountProgress("knn, images", share, quiet=not session.processes.is_main) as progress:
             probe.on_images, probe.on_skip = progress.advance, progress.warn
             accuracies, images = probe.measure(session.weights.encoder.to(session.processes.device), votes)

@@ -3,7 +3,7 @@
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from synco_fast.data.order import steps_per_epoch
 from synco_fast.errors import UserError
 from synco_fast.evaluation.classifier import Protocol, Training, check_batch
 from synco_fast.evaluation.journal import FILES, Journal
-from synco_fast.evaluation.session import Request, Session, opened
-from synco_fast.evaluation.subset import check_classes, draw, hold_back, named_by, write_names
+from synco_fast.evaluation.session import RESULT, Request, Session, opened
+from synco_fast.evaluation.subset import check_classes, draw, hold_back, listed_names, named_by, write_names
 from synco_fast.files import write_atomically
 
 EPOCHS = {0.01: 60, 0.1: 30, 1.0: 90}
@@ -77,20 +77,26 @@ def semisup(
     }
     with opened("semisup", request, {*FILES, SUBSET, FINETUNED}) as session:
         subset = _subset(session, fraction, listed, seed)
+        names = listed_names(subset, session.bank) if listed is None else []
         tuning = Tuning(
             session, protocols, subset, seed, Journal(session, settings | {"subset": subset.digest}, resume)
         )
         with tuning.journal.opened(tuning.total_steps):
-            if listed is None and session.processes.is_main:
-                write_names(request.output / SUBSET, subset)
+            if names and session.processes.is_main:
+                write_names(request.output / SUBSET, names)
             training = tuning.run()
         if session.processes.is_main:
             write_backbone(request.output / FINETUNED, training.model.backbone)
+        top, chosen = training.accuracies[-1], training.protocol.rates
+        for row in tuning.journal.finished:
+            session.say(f"validation top-1 {row['top1']:.2%} ({_text(row)})")
+        session.say(f"fine-tuned on {len(subset)} images: top-1 {top['top1']:.2%}, top-5 {top['top5']:.2%}")
+        session.say(f"{_text(chosen)}; {request.output / RESULT}")
         return session.write(
-            training.accuracies[-1],
+            top,
             settings,
             subset={"images": len(subset), "digest": subset.digest, "list": None if listed is None else str(listed)},
-            chosen=training.protocol.rates,
+            chosen=chosen,
             validation=tuning.journal.finished,
             epochs=training.accuracies,
         )
@@ -176,6 +182,10 @@ def _subset(session: Session, fraction: float, listed: Path | None, seed: int) -
             f"{fraction:g}; make them agree"
         )
     return subset
+
+
+def _text(rates: Mapping[str, float]) -> str:
+    return f"backbone {rates['lr_backbone']:g}, head {rates['lr_head']:g}"
 
 
 def _checked_epochs(fraction: float, epochs: int | None) -> int:

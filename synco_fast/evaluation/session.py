@@ -15,9 +15,9 @@ import torch
 from synco_fast import __version__
 from synco_fast.config import Data, prepare
 from synco_fast.data.index import Index, scan
-from synco_fast.engine import distributed
-from synco_fast.engine.distributed import Processes
+from synco_fast.engine.distributed import Processes, choose_device
 from synco_fast.engine.probe import held_out_like
+from synco_fast.engine.run import processes_on
 from synco_fast.engine.weights import Weights, load_weights
 from synco_fast.files import check_folder, make_folder, write_text_atomically
 from synco_fast.machine import device_name
@@ -98,25 +98,26 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(command: str, request: Request, files: Collection[str] = ()) -> Iterator[Session]:
+def opened(
+    command: str, request: Request, files: Collection[str] = (), unread: Collection[str] = ("root", "recipe")
+) -> Iterator[Session]:
     """An evaluation from its checks to its end.
 
     Args:
         command: its name. files: what it leaves in the output folder beside `result.json`.
+        unread: keys of data that mean nothing to it.
 
     Raises:
         UserError: the checkpoint, the data or the output folder cannot be used; nothing has been written.
     """
     check_folder(request.output, {RESULT, *files}, command)
     weights = load_weights(request.checkpoint)
-    data = prepare(weights.data, request.overrides)
+    data = prepare(weights.data, request.overrides, unread)
     bank = scan(request.root)
     held_out = held_out_like(bank, request.root, command)
-    processes = distributed.start(distributed.choose_device(request.device))
-    try:
+    advice = f"use more processes or --precision bf16, or lower --batch-size or data.batch_size = {data.batch_size}"
+    with processes_on(choose_device(request.device, "--device"), advice) as processes:
         yield Session(command, request, weights, data, bank, held_out, processes, time.time())
-    finally:
-        distributed.stop()
 
 
 def write_result(output: Path, result: dict[str, Any]) -> None:

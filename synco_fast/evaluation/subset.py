@@ -69,17 +69,24 @@ def named_by(path: Path, index: Index) -> list[int]:
     return sorted(found)
 
 
-def write_names(path: Path, index: Index) -> None:
-    """Write the names of an index's images as `named_by` takes them: last parts, if they are all different.
+def listed_names(subset: Index, index: Index) -> list[str]:
+    """Names of a subset's images by which `named_by` finds them in the index: last parts, where those tell them apart.
 
     Raises:
-        UserError: a name cannot be written, or the file.
+        UserError: a name cannot stand in a list.
     """
-    broken = [name for name in index.files if "\n" in name or "\r" in name]
+    broken = [name for name in subset.files if "\n" in name or "\r" in name]
     if broken:
         raise UserError(f"the name {broken[0]!r} in {index.root} cannot be written to a list of names; rename it")
-    last = [PurePosixPath(name).name for name in index.files]
-    names: Sequence[str] = last if len(set(last)) == len(last) else index.files
+    counts = Counter(PurePosixPath(name).name for name in index.files)
+    last = [PurePosixPath(name).name for name in subset.files]
+    # A last part may also be the whole name of another image.
+    alone = all(counts[name] == 1 for name in last) and not set(last) & (set(index.files) - set(subset.files))
+    return last if alone else list(subset.files)
+
+
+def write_names(path: Path, names: Sequence[str]) -> None:
+    """Write a list as `named_by` reads it."""
     content = "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
     write_atomically(path, lambda file: file.write(content))
 

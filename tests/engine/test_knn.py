@@ -102,6 +102,7 @@ def test_small_temperatures_stay_finite() -> None:
     rows, labels, features = gaussian(50, 6, seed=7), torch.arange(50) % 5, gaussian(20, 6, seed=8)
     nearest = torch.tensor(winners(rows, labels, features, 1, 1.0))
     assert knn_accuracy(rows, labels, features, nearest, k=10, temperature=1e-4) == 1.0
+    assert knn_accuracy(rows, labels, features, nearest, k=10, temperature=1e-60) == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -70,8 +70,10 @@ def test_processes_share_the_work(
 BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["--set", "data.image_sise=32"], ("data.image_sise", "did you mean data.image_size")),
     (["--set", "optim.lr=1"], ("optim", "no such key")),
+    (["--set", "data.root=elsewhere"], ("data.root=elsewhere", "--data")),
+    (["--set", "data.recipe=moco_v1"], ("data.recipe", "nothing here depends on it")),
     (["--set", "data.image_size=300"], ("data.eval_resize = 256", "at least data.image_size = 300")),
-    (["--device", "cuda"], ("trainer.device = cuda", "no CUDA device")),
+    (["--device", "cuda"], ("--device cuda", "no CUDA device")),
 ]
 
 

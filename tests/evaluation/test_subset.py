@@ -8,7 +8,7 @@ from torch import Tensor
 
 from synco_fast.data.index import Index
 from synco_fast.errors import UserError
-from synco_fast.evaluation.subset import check_classes, draw, hold_back, named_by, write_names
+from synco_fast.evaluation.subset import check_classes, draw, hold_back, listed_names, named_by, write_names
 
 LABELS = torch.tensor([0] * 100 + [1] * 7 + [2] * 1 + [3] * 260)
 
@@ -71,18 +71,27 @@ def test_lists_as_simclr_has_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("index", "first"), [(IMAGENET, "n01_10.JPEG"), (NUMBERED, "cat/0.jpg")])
 def test_written_lists_are_read_back(index: Index, first: str, tmp_path: Path) -> None:
     path = tmp_path / "subset.txt"
-    write_names(path, index)
+    write_names(path, listed_names(index, index))
     assert path.read_text().splitlines()[0] == first
     assert named_by(path, index) == list(range(len(index)))
 
 
+@pytest.mark.parametrize("rows", [[0], [1, 2], [0, 3]])
+def test_names_that_the_subset_alone_has_once_are_written_whole(rows: list[int], tmp_path: Path) -> None:
+    """cat/0.jpg alone may not be written as 0.jpg: there is a dog/0.jpg, too."""
+    path = tmp_path / "subset.txt"
+    write_names(path, listed_names(NUMBERED.take(rows), NUMBERED))
+    assert named_by(path, NUMBERED) == rows
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     index = index_of("a/b\udcff.jpg", "a/c\u2028d.jpg")
-    write_names(tmp_path / "subset.txt", index)
+    write_names(tmp_path / "subset.txt", listed_names(index, index))
     assert b"b\xff.jpg\n" in (tmp_path / "subset.txt").read_bytes()
     assert named_by(tmp_path / "subset.txt", index) == [0, 1]
+    broken = index_of("a/a\nb.jpg")
     with pytest.raises(UserError, match=r"a\\nb.jpg.*rename"):
-        write_names(tmp_path / "subset.txt", index_of("a/a\nb.jpg"))
+        listed_names(broken, broken)
 
 
 @pytest.mark.parametrize(
