@@ -19,10 +19,12 @@ class NearestNeighbours:
 
     Attributes:
         rows: number of rows added.
+        finite: bool scalar on the device: the lengths of all queries and rows so far are finite numbers.
     """
 
     def __init__(self, queries: Tensor, k: int) -> None:
-        self._queries = F.normalize(queries.float(), dim=1)
+        self.finite = torch.ones((), dtype=torch.bool, device=queries.device)
+        self._queries = self._unit(queries)
         self._k = k
         self._similarity = queries.new_empty(len(queries), 0, dtype=torch.float32)
         self._labels = queries.new_empty(len(queries), 0, dtype=torch.int64)
@@ -41,13 +43,18 @@ class NearestNeighbours:
         self._merge()
         return self._similarity, self._labels
 
+    def _unit(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        self.finite &= rows.norm(dim=1).isfinite().all()
+        return F.normalize(rows, dim=1)
+
     def _merge(self) -> None:
         if not self._waiting:
             return
         rows, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting = []
         for some_rows, some_labels in zip(rows.split(_ROWS), labels.split(_ROWS), strict=True):
-            some_rows = F.normalize(some_rows.float(), dim=1)
+            some_rows = self._unit(some_rows)
             parts = [
                 merged(
                     torch.cat([similarity, queries @ some_rows.T], dim=1),

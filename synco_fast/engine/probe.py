@@ -10,7 +10,7 @@ from torch import Tensor
 from synco_fast.config import DTYPES, Data
 from synco_fast.data.index import Index, held_out
 from synco_fast.data.loader import EvalLoader
-from synco_fast.engine.distributed import Processes, reduce_sum
+from synco_fast.engine.distributed import Processes, reduce_max, reduce_sum
 from synco_fast.engine.features import extract, features_of
 from synco_fast.engine.knn import NearestNeighbours, merged, winners
 from synco_fast.errors import UserError

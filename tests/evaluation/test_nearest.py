@@ -105,3 +105,12 @@ def test_weights_of_nothing_known(images: Path, tmp_path: Path) -> None:
     path = tmp_path / "vit.pth"
     torch.save({"patch_embed.weight": torch.zeros(3)}, path)
     check_refused(tmp_path / "run", "knn", path, "--data", images, names=(str(path), "no residual network"))
+
+
+def test_features_that_overflow(weights: Path, images: Path, tmp_path: Path) -> None:
+    """Not a number is as near to one image as to another, and would come out as a plausible accuracy."""
+    state = torch.load(weights, weights_only=True)
+    state["layer4.1.bn2.weight"] = torch.full((512,), 3e38)
+    path = tmp_path / "huge.pth"
+    torch.save(state, path)
+    check_refused(tmp_path / "run", "knn", path, "--data", images, *SWEEP, names=("features are not finite",))
