@@ -103,9 +103,7 @@ class KnnProbe:
             similarity, classes = F.pad(similarity, (0, short), value=-torch.inf), F.pad(classes, (0, short))
             similarity, classes = (all_gather_rows(share.T.contiguous()).T for share in (similarity, classes))
             similarity, classes = merged(similarity, classes, k)
-        if not bool(
-            similarity[:, 0].isfinite().all()
-        ):  # a row that is not finite is everybody's neighbour, or nobody's
+        if bool(reduce_max((~neighbours.finite).float())):
             raise UserError("kNN: the backbone's features are not finite, so nothing can be said of these weights")
         return similarity, classes, rows
 
