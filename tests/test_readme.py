@@ -1,7 +1,9 @@
-"""The README's code runs, and its links lead somewhere."""
+"""The README's code runs, and links in all documents lead somewhere."""
 
 import re
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -29,6 +31,22 @@ def test_the_op_in_an_ordinary_loop() -> None:
     assert len(losses) == 10 and losses[-1] < losses[0] - 1
 
 
-def test_links_lead_to_files() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://arxiv.org/") or (REPOSITORY / target).exists(), target
+DOCUMENTS = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "bench/README.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = document.parent / file if file else document
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), target
+
+
+def anchors(document: Path) -> set[str]:
+    """Of the headings, as they are made where documents are shown: lower case, spaces as hyphens, no other signs."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
