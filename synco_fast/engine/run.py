@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from synco_fast.config import DTYPES, Config, check_processes
+from synco_fast.config import DTYPES, Config
+from synco_fast.config_conflicts import check_processes
 from synco_fast.data import operator
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
