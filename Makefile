@@ -24,7 +24,7 @@ demo: $(VENV)/installed  ## pretrain on generated JPEGs and write runs/demo/repo
 	$(BIN)/synco-fast demo
 
 test: $(VENV)/installed  ## run the tests
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --durations=10
 
 lint: $(VENV)/installed  ## check style, formatting and types
 	$(BIN)/ruff check .
