@@ -84,6 +84,11 @@ CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] =
     "queue of another size": (edited(lambda state: state["model"].update({"queue.rows": WRONG_ROWS})), ("queue.rows",)),
     "a weight missing": (edited(lambda state: state["model"].pop(FIRST)), (FIRST,)),
     "an unknown weight": (edited(lambda state: state["model"].update(extra=torch.ones(1))), ("extra",)),
+    "numbers for names": (
+        edited(lambda state: state.update(model=dict(enumerate(state["model"].values())))),
+        ("its model names a tensor 0, expected text",),
+    ),
+    "numbers for names of settings": (edited(lambda state: state["config"].update({0: 1})), ("0 is None, was 1",)),
     "optimizer of another model": (
         edited(lambda state: state["optimizer"]["param_groups"][0]["params"].pop()),
         ("parameter group",),
@@ -248,3 +253,6 @@ def test_knn_of_a_checkpoint_that_lacks_weights(checkpoint: Path, images: Path, 
     torch.save(state | {"model": {}}, given)
     done = call("knn", given, "--data", images)
     check_error(done.code, done.err, (str(given), "weights"))
+    torch.save(state | {"model": dict(enumerate(state["model"].values()))}, given)
+    done = call("knn", given, "--data", images)
+    check_error(done.code, done.err, (str(given), "its model names a tensor 0, expected text"))

@@ -76,6 +76,11 @@ def checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
     wrong = [name for name, kind in _ENTRIES.items() if not isinstance(state.get(name), kind)]
     if wrong:
         raise UserError(f"{path}: not a checkpoint of synco-fast: it lacks {', '.join(wrong)}")
+    nameless = [name for name in state["model"] if not isinstance(name, str)]
+    if nameless:
+        raise UserError(
+            f"{path}: not a checkpoint of synco-fast: its model names a tensor {nameless[0]!r:.40}, expected text"
+        )
     return state
 
 

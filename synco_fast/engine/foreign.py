@@ -50,9 +50,14 @@ class Foreign:
             f"{path}: going on after its epoch {self.epochs}, as step {step} of this configuration; images are ordered "
             f"and negatives drawn by this run's seed, for theirs is not in the file"
         ]
-        return (
-            lines if self.momentum else [*lines, f"{path}: no momentum for this optimizer in it, which starts from 0"]
-        )
+        if not self.momentum:
+            lines.append(f"{path}: no momentum for this optimizer in it, which starts from 0")
+        if "queue.labels" in self.model:
+            lines.append(
+                f"{path}: no classes of its queue's rows in it; until the queue has been filled anew, the class oracle "
+                f"leaves none of them out"
+            )
+        return lines
 
 
 def read(content: Mapping[str, Any], path: Path, config: Config) -> Foreign:
@@ -65,7 +70,7 @@ def read(content: Mapping[str, Any], path: Path, config: Config) -> Foreign:
         return _read(content, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot resume, it is not what MoCo writes: {reason}") from error
 
@@ -77,8 +82,15 @@ def _read(content: Mapping[str, Any], config: Config) -> Foreign:
     built, model = _encoders(tensors, query, key)
     rows = _rows(tensors[f"{prefix}queue"], built["dim"])
     _check_agrees(built, len(rows), config)
+    if content["epoch"] >= config.trainer.epochs:
+        raise UserError(
+            f"nothing is left to train: it has completed {content['epoch']} epochs, and trainer.epochs = "
+            f"{config.trainer.epochs}, which counts them; raise it (knn and export take the file as it is)"
+        )
     model["queue.rows"] = rows.to(DTYPES[config.queue.dtype])
     model["queue.pointer"] = _pointer(tensors[f"{prefix}queue_ptr"], len(rows))
+    if config.loss.class_oracle:
+        model["queue.labels"] = torch.full((len(rows),), -1)  # of no class, as a queue's rows at a run's start
     wrong = [name for name, value in model.items() if not bool(value.isfinite().all())]
     if wrong:
         raise UserError(f"cannot resume, {wrong[0]} of it is not finite")

@@ -249,8 +249,17 @@ def _theirs(content: dict[str, Any], path: Path, config: Config) -> foreign.Fore
 
 
 def _begun(trainer: Trainer, theirs: foreign.Foreign, path: Path) -> dict[str, Any]:
-    """The state of this run as it would be had it been theirs, and a word about what it cannot know."""
+    """The state of this run as it would be had it been theirs, and a word about what it cannot know.
+
+    Raises:
+        UserError: that run would already be at its end, and so would leave nothing.
+    """
     step = theirs.epochs * trainer.steps_per_epoch
+    if step >= max(1, trainer.total_steps):
+        raise UserError(
+            f"{path}: nothing is left to train: its {theirs.epochs} epochs are {step} steps, and trainer.max_steps = "
+            f"{trainer.config.trainer.max_steps}; raise it, or set it to null"
+        )
     if trainer.processes.is_main:
         for note in theirs.notes(path, step):
             print(note, file=sys.stderr, flush=True)
@@ -262,7 +271,7 @@ def _load_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     try:
         trainer.load_state(state)
         optim.check_momentum(trainer.train_step.optimizer)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot resume, its state does not fit this model: {reason}") from error
 

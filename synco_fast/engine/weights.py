@@ -4,13 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors
 import safetensors.torch
+import torch
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from synco_fast.config import Config, Data
+from synco_fast.config import COUNT_MAX, AboveZero, Config, Count, Data, Section
 from synco_fast.data.recipes import IMAGENET_MEAN, IMAGENET_STD
 from synco_fast.engine import checkpoints
 from synco_fast.errors import UserError
@@ -24,6 +26,37 @@ METADATA = "synco_fast"
 
 _PREPARED = ("image_size", "eval_resize", "dtype")  # of Data: what features depend on
 _PROGRESS = ("method", "step", "epoch", "seed")  # of Weights.about, where known
+
+
+class _Built(Section):
+    """Arguments of `Encoder`, whose defaults hold for those left out."""
+
+    arch: str
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    dim: Annotated[int, Field(ge=1, le=COUNT_MAX)] | None = 128
+    mlp: bool = True
+
+
+class _Described(Section):
+    """What `metadata` writes."""
+
+    built: _Built
+    data: Data
+    temperature: AboveZero | None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    method: str = ""
+    step: Count = 0
+    epoch: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def check(self) -> None:
+        """Refuse, as a ValueError, what cannot be done with images, or is not done here."""
+        resize, size = self.data.eval_resize, self.data.image_size
+        if resize < size:
+            raise ValueError(f"data.eval_resize = {resize}: must be at least data.image_size = {size}")
+        if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise ValueError(f"mean = {self.mean}, std = {self.std}: expected {IMAGENET_MEAN} and {IMAGENET_STD}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +115,12 @@ def metadata(weights: Weights) -> dict[str, str]:
 
 
 def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of somebody's checkpoint: in its `state_dict` or `model`, or itself."""
+    """The tensors with a name in somebody's checkpoint: in its `state_dict` or `model`, or itself."""
     for name in ("state_dict", "model"):
         if isinstance(content.get(name), Mapping):
             content = content[name]
             break
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def momentum_pair(tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
@@ -124,19 +157,34 @@ def head_of(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"its head lacks {', '.join(missing)}")
     head = {ours: rest[theirs] for ours, theirs in names.items()}
     last = head["2.weight" if len(names) == 4 else "0.weight"]
+    if last.ndim != 2:
+        raise UserError(f"its head's last weight is {list(last.shape)}, expected 2 dimensions")
     return {"dim": last.shape[0], "mlp": len(names) == 4}, head
 
 
 def build(found: Found, head: dict[str, Any], head_tensors: dict[str, Tensor]) -> tuple[Encoder, dict[str, Any]]:
     """The encoder that was found, with its weights, and the arguments of `Encoder` that give one like it."""
     built = {"arch": found.arch, "stem": found.stem, **head}
-    encoder = Encoder(**built)
-    own = encoder.state_dict()
     state = {f"backbone.{name}": value for name, value in found.backbone.items()}
     state |= {f"head.{name}": value for name, value in head_tensors.items()}
-    counters = {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
-    encoder.load_state_dict(state | counters)
-    return encoder, built
+    return _filled(built, state), built
+
+
+def _filled(built: dict[str, Any], state: dict[str, Tensor]) -> Encoder:
+    """An encoder with these tensors, of which counters of batches may be missing.
+
+    Raises:
+        ValueError: they are not its tensors, by name or shape. Nothing of a size that they do not have is allocated.
+    """
+    with torch.device("meta"):
+        expected = Encoder(**built).state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        want, have = (str(list(found[name].shape)) if name in found else "missing" for found in (expected, state))
+        if want != have and not (have == "missing" and name.endswith("num_batches_tracked")):
+            raise ValueError(f"tensor {name} is {have}, expected {want.replace('missing', 'none of that name')}")
+    encoder = Encoder(**built)
+    encoder.load_state_dict({**encoder.state_dict(), **state})
+    return encoder
 
 
 def _from_run(content: dict[str, Any], path: Path) -> Weights:
@@ -144,14 +192,13 @@ def _from_run(content: dict[str, Any], path: Path) -> Weights:
     config = checkpoints.saved_config(state, path)
     try:
         encoder, key_encoder = (_encoder_of(state, config, prefix) for prefix in ("query_encoder.", "key_encoder."))
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError, ValueError) as error:
         raise _unfit(path, error) from error
-    model = config.model
-    about = _about(path, "synco-fast checkpoint", model.arch, encoder)
+    about = _about(path, "synco-fast checkpoint", config.model.arch, encoder)
     return Weights(
         encoder,
         key_encoder,
-        {"arch": model.arch, "stem": model.stem, "dim": model.dim, "mlp": model.mlp},
+        _built_by(config),
         config.data,
         config.loss.temperature,
         about | {"method": config.method, "step": state["step"], "seed": config.seed},
@@ -160,12 +207,12 @@ def _from_run(content: dict[str, Any], path: Path) -> Weights:
 
 
 def _encoder_of(state: dict[str, Any], config: Config, prefix: str) -> Encoder:
-    model = config.model
-    encoder = Encoder(model.arch, stem=model.stem, dim=model.dim, mlp=model.mlp)
-    encoder.load_state_dict(
-        {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
-    )
-    return encoder
+    tensors = {name.removeprefix(prefix): value for name, value in state["model"].items() if name.startswith(prefix)}
+    return _filled(_built_by(config), tensors)
+
+
+def _built_by(config: Config) -> dict[str, Any]:
+    return {name: getattr(config.model, name) for name in ("arch", "stem", "dim", "mlp")}
 
 
 def _from_others(content: dict[str, Any], path: Path) -> Weights:
@@ -183,12 +230,13 @@ def _from_others(content: dict[str, Any], path: Path) -> Weights:
             key_encoder, _ = build(found_key, *head_of(found_key))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise _unfit(path, error) from error
     kind = "MoCo-style checkpoint" if contrast else "state dict"
     about = _about(path, kind, found.arch, encoder)
-    if isinstance(content.get("epoch"), int):
-        about["epoch"] = content["epoch"]
+    epoch = content.get("epoch")
+    if type(epoch) is int and 0 <= epoch <= COUNT_MAX:
+        about["epoch"] = epoch
     return Weights(encoder, key_encoder, built, Data(), None, about)
 
 
@@ -203,15 +251,18 @@ def _from_safetensors(path: Path) -> Weights:
     if described is None:
         return _from_others(dict(tensors), path)
     try:
-        about = json.loads(described)
-        built, data, temperature = about["built"], Data(**about["data"]), about["temperature"]
-        encoder = Encoder(**built)
-        encoder.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
+        found = _Described.model_validate_json(described)
+        found.check()
+        built = found.built.model_dump(exclude_unset=True)
+        encoder = _filled(built, tensors)
+    except ValidationError as error:
+        reasons = (f"{'.'.join(map(str, item['loc'])) or METADATA}: {item['msg']}" for item in error.errors())
+        raise _unfit(path, ValueError("; ".join(reasons))) from error
+    except (ValueError, RuntimeError, UserError) as error:
         raise _unfit(path, error) from error
-    kept = {name: about[name] for name in _PROGRESS if name in about}
-    about = _about(path, "safetensors export", built["arch"], encoder) | kept
-    return Weights(encoder, None, built, data, temperature, about)
+    about = _about(path, "safetensors export", built["arch"], encoder)
+    about |= found.model_dump(include=set(_PROGRESS), exclude_unset=True)
+    return Weights(encoder, None, built, found.data, found.temperature, about)
 
 
 def _about(path: Path, kind: str, arch: str, encoder: Encoder) -> dict[str, Any]:

@@ -32,7 +32,12 @@ def page(result: dict[str, Any]) -> str:
         environment=_environment(result),
         config=escaped(config_text.to_yaml({"settings": settings, "data": result["data"]})),
     )
-    return html.encode("utf-8", "replace").decode()  # names of files are bytes, which may stand for no character
+    return _readable(html)
+
+
+def _readable(text: str) -> str:
+    """Text that UTF-8 has: names of files are bytes, which may stand for no character."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -205,8 +210,17 @@ def _projection_figure(projection: dict[str, Any]) -> Figure:
     for ax, (title, points) in zip(axes, panels.items(), strict=True):
         _scatter(ax, np.asarray(points), projection)
         ax.set_title(title)
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
+    _legend(axes[-1], projection["classes"])
     return figure
+
+
+def _legend(ax: Axes, classes: list[str]) -> None:
+    """Names of any kind for what `_scatter` drew: as labels, matplotlib would leave out _name and set $name$ as TeX."""
+    places = [str(i) for i in range(len(classes))]
+    legend = ax.legend(ax.collections, places, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.5)
+    for text, name in zip(legend.get_texts(), classes, strict=True):
+        text.set_parse_math(False)
+        text.set_text(_readable(name))
 
 
 def _scatter(ax: Axes, points: Any, projection: dict[str, Any]) -> None:
@@ -214,6 +228,6 @@ def _scatter(ax: Axes, points: Any, projection: dict[str, Any]) -> None:
     for i, name in enumerate(projection["classes"]):
         chosen = points[labels == name]
         marker, colour = _MARKERS[i % len(_MARKERS)], _POINTS[i]
-        ax.scatter(chosen[:, 0], chosen[:, 1], s=12, marker=marker, color=colour, alpha=0.75, linewidths=0, label=name)
+        ax.scatter(chosen[:, 0], chosen[:, 1], s=12, marker=marker, color=colour, alpha=0.75, linewidths=0)
     ax.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     ax.grid(visible=False)

@@ -9,11 +9,12 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from synco_fast import __version__
 from synco_fast.errors import EXIT_ERROR, UserError
@@ -153,8 +154,7 @@ def _configured(args: argparse.Namespace) -> Any:
     if not args.config_file:
         raise UserError("--config-file is not given: name one of configs/detection/*.yaml")
     cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    merge(cfg, args.config_file, args.opts)
     cfg.freeze()
     if not Path(cfg.MODEL.WEIGHTS).is_file():
         raise UserError(
@@ -162,6 +162,27 @@ def _configured(args: argparse.Namespace) -> Any:
             f"--format detectron2` and give MODEL.WEIGHTS OUT.pkl"
         )
     return cfg
+
+
+def merge(cfg: Any, file: str, settings: Sequence[str]) -> None:
+    """Merge a file, then settings (KEY VALUE, and so on), into a configuration of detectron2's.
+
+    Raises:
+        UserError: either cannot be merged. detectron2 raises almost anything.
+    """
+    sources = {
+        f"--config-file {file}": (lambda: cfg.merge_from_file(file)),
+        f"KEY VALUE {shlex.join(settings)}": (lambda: cfg.merge_from_list(list(settings))),
+    }
+    for source, merged in sources.items():
+        try:
+            merged()
+        except (AssertionError, AttributeError, LookupError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(
+                f"{source}: detectron2 cannot use it: {reason}; expected one of configs/detection/*.yaml, and keys of "
+                f"https://detectron2.readthedocs.io/en/latest/modules/config.html with their values"
+            ) from error
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:

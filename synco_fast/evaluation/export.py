@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import shlex
@@ -57,6 +58,8 @@ def export(checkpoint: Path, out: Path, form: str) -> dict[str, Any]:
         UserError: the checkpoint cannot be read, has no place in the format, or `out` cannot be written; nothing has
             been written.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("export: under torchrun, each of its processes would write the file; start it without")
     started = time.time()
     described = _checked(out, form)
     _say(f"reading {checkpoint}")
@@ -64,8 +67,14 @@ def export(checkpoint: Path, out: Path, form: str) -> dict[str, Any]:
     reason = FORMATS[form].refused(weights)
     if reason is not None:
         raise UserError(f"{checkpoint}: cannot be exported as {form}: {reason}")
-    _say(f"writing {out}")
     tensors = FORMATS[form].tensors(weights)
+    wrong = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if wrong:
+        raise UserError(
+            f"{checkpoint}: cannot be exported, {len(wrong)} of its {len(tensors)} tensors are not finite, {wrong[0]} "
+            f"among them; export an earlier checkpoint"
+        )
+    _say(f"writing {out}")
     content = FORMATS[form].encoded(weights, tensors)
     write_atomically(out, lambda file: file.write(content))
     learnt = weights.encoder.parameters() if form == "safetensors" else weights.encoder.backbone.parameters()
@@ -91,7 +100,11 @@ def export(checkpoint: Path, out: Path, form: str) -> dict[str, Any]:
         "load": FORMATS[form].load(weights, out),
         "about": about(Processes(0, 1, torch.device("cpu")), "fp32", started),
     }
-    write_text_atomically(described, json.dumps(result, indent=1, allow_nan=False))
+    try:
+        write_text_atomically(described, json.dumps(result, indent=1, allow_nan=False))
+    except UserError:
+        out.unlink(missing_ok=True)  # which would be in the way of another try
+        raise
     return result
 
 
@@ -102,7 +115,11 @@ def _checked(out: Path, form: str) -> Path:
         raise UserError(f"{out}: a file of format {form} ends in {suffix}; name it so, as in encoder{suffix}")
     described = out.with_name(f"{out.name}.json")
     for path in (out, described):
-        if path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:
+            raise UserError(f"{path}: cannot write it: {error.strerror}") from error
+        if there:
             raise UserError(f"{path}: is there already; name another file, or move it away")
     if not out.absolute().parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}; make it, or name another")

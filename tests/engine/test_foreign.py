@@ -86,6 +86,19 @@ def test_going_on_is_as_from_our_own(
     assert f"{theirs}: going on after its epoch 1, as step 2 of this configuration" in done.err
 
 
+def test_the_class_oracle_goes_on(begun: tuple[Path, str], images: Path, tiny: Path, tmp_path: Path) -> None:
+    """The rows that were theirs have no class, those that came since have theirs."""
+    ours, dtype = begun
+    theirs = tmp_path / "moco.pth.tar"
+    torch.save(as_moco(checkpoints.load(ours), columns=True, all_parameters=True), theirs)
+    settings = (dtype, "trainer.max_steps=3", "loss.class_oracle=true")
+    done = pretrain(images, tiny, tmp_path / "run", *settings, resume=theirs)
+    assert done.code == 0, done.err
+    labels = checkpoints.load(tmp_path / "run" / "checkpoints" / "latest.pt")["model"]["queue.labels"]
+    assert (labels == -1).sum() == 48 and set(labels.tolist()) == {-1, 0, 1}
+    assert f"{theirs}: no classes of its queue's rows in it" in done.err
+
+
 @pytest.fixture(scope="module")
 def content() -> dict[str, Any]:
     query, key = (others.network("resnet18", "v2", seed) for seed in (0, 1))
@@ -99,7 +112,7 @@ def content() -> dict[str, Any]:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
     file.write_text(TINY)
-    return configuration.load(file)
+    return configuration.load(file, ["trainer.epochs=9"])
 
 
 def changed(content: dict[str, Any], *removed: str, **tensors: Tensor | None) -> dict[str, Any]:
@@ -169,6 +182,14 @@ def test_no_momentum_is_said(content: dict[str, Any], config: Config) -> None:
     assert len(foreign.read(content, Path("given"), config).notes(Path("given"), 7)) == 1
 
 
+def test_a_queue_of_unknown_classes(content: dict[str, Any], config: Config) -> None:
+    """For the class oracle, as the rows of a run's start; and it is said."""
+    oracle = config.model_copy(update={"loss": config.loss.model_copy(update={"class_oracle": True})})
+    found = foreign.read(content, Path("given"), oracle)
+    assert found.model["queue.labels"].tolist() == [-1] * 64 and found.model["queue.labels"].dtype == torch.int64
+    assert "no classes of its queue's rows" in found.notes(Path("given"), 7)[1]
+
+
 NAN, ZERO_ROW = torch.full((16, 64), torch.nan), torch.ones(16, 64).index_fill_(1, torch.tensor([5]), 0.0)
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
@@ -183,6 +204,34 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "a row of zeros": (lambda found: changed(found, queue=ZERO_ROW), "1 rows of its queue are 0 .* row 5"),
     "rows of nan": (lambda found: changed(found, queue=NAN), "64 rows of its queue are 0 or not finite"),
     "pointer too far": (lambda found: changed(found, queue_ptr=torch.tensor([64])), "queue_ptr is 64, .* 0 to 63"),
+    "endless pointer": (
+        lambda found: changed(found, queue_ptr=torch.tensor([torch.inf])),
+        "not what MoCo",
+    ),
+    "at its end already": (lambda found: {**found, "epoch": 9}, "completed 9 epochs, and trainer.epochs = 9"),
+    "an endless epoch": (lambda found: {**found, "epoch": 10**30}, "nothing is left to train"),
+    "tensors without names": (lambda found: {0: torch.zeros(3)}, "nor a pretraining checkpoint.*no residual network"),
+    "numbers for names": (
+        lambda found: {"state_dict": dict(enumerate(found["state_dict"].values()))},
+        "no residual network",
+    ),
+    "text for tensors": (
+        lambda found: {"state_dict": dict.fromkeys(found["state_dict"], "x")},
+        "no residual network",
+    ),
+    "a state dict as list": (lambda found: {"state_dict": [torch.zeros(3)]}, "no residual network"),
+    "a head without dimensions": (
+        lambda found: changed(found, **{"encoder_k.fc.2.weight": torch.zeros(())}),
+        r"last weight is \[\], expected 2",
+    ),
+    "an optimizer's states as list": (
+        lambda found: optimizer(found, lambda state: state.update(state=list(range(128)))),
+        "not what MoCo writes",
+    ),
+    "an optimizer's numbers beyond its states": (
+        lambda found: optimizer(found, lambda state: state.update(state=[127])),
+        "not what MoCo writes",
+    ),
     "two pointers": (lambda found: changed(found, queue_ptr=torch.tensor([0, 1])), "not what MoCo writes"),
     "weights of nan": (
         lambda found: changed(found, **{"encoder_k.fc.2.bias": torch.full((16,), torch.nan)}),
@@ -242,6 +291,13 @@ def test_refused_by_the_command(content: dict[str, Any], images: Path, tiny: Pat
     differ = ("model.arch is 'resnet50', was 'resnet18'", "model.dim is 32, was 16", "model.mlp is False, was True")
     differ += ("model.stem is 'cifar', was 'imagenet'", "queue.size is 144, was 64")
     check_error(done.code, done.err, (f"{given}: cannot resume, it was made under another configuration", *differ))
+    assert not output.exists()
+
+    same = ("queue.size=64", "data.batch_size=32")  # 3 steps an epoch
+    done = pretrain(images, tiny, output, *same, resume=given)
+    check_error(done.code, done.err, (f"{given}: nothing is left to train", "7 epochs", "trainer.epochs = 4"))
+    done = pretrain(images, tiny, output, *same, "trainer.epochs=8", "trainer.max_steps=21", resume=given)
+    check_error(done.code, done.err, (f"{given}: nothing is left", "7 epochs are 21 steps", "trainer.max_steps = 21"))
     assert not output.exists()
 
     (output / "checkpoints").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Weights of others: the encoder computes the bits of the torchvision network that the file was made from."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from synco_fast.engine.weights import METADATA, Weights, load_weights
 from synco_fast.errors import UserError
-from synco_fast.models.encoders import Encoder
+from synco_fast.models.encoders import NARROW, Encoder
 from tests import others
 
 
@@ -105,6 +106,54 @@ def test_safetensors_of_others(images: Tensor, tmp_path: Path) -> None:
     check_same(load_weights(tmp_path / "given.safetensors"), model, images, head=False)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.backbone."])
+def test_the_narrow_network(prefix: str, images: Tensor, tmp_path: Path) -> None:
+    """Its backbone alone, as fine-tuning leaves it; counters may be missing, another tensor beside it is no matter."""
+    encoder = Encoder(NARROW, dim=None).train()
+    with torch.no_grad():
+        encoder(images)  # moves batch norm's statistics
+    state = {prefix + name: value for name, value in encoder.backbone.state_dict().items()}
+    torch.save(state | {"fc.weight": torch.zeros(2, 2)}, tmp_path / "given.pth")
+    weights = load_weights(tmp_path / "given.pth")
+    assert weights.built == {"arch": NARROW, "stem": "imagenet", "dim": None}
+    features = encoder.eval().backbone(images)
+    assert features.std() > 0 and torch.equal(embed(weights.encoder, images)[0], features)
+
+
+@pytest.mark.parametrize("damage", ["lacks a tensor", "has another shape", "goes on"])
+def test_sequentials_are_not_all_the_narrow_network(damage: str, tmp_path: Path) -> None:
+    state = Encoder(NARROW, dim=None).backbone.state_dict()
+    if damage == "lacks a tensor":
+        del state["6.bn2.running_var"]
+    elif damage == "has another shape":
+        state["4.conv1.weight"] = torch.zeros(48, 24, 1, 1)
+    else:
+        state["9.weight"] = torch.zeros(10, 192)
+    torch.save(state, tmp_path / "given.pth")
+    with pytest.raises(UserError, match=r"given\.pth: it has no residual network: no conv1\.weight"):
+        load_weights(tmp_path / "given.pth")
+
+
+NAMELESS: dict[str, Any] = {
+    "itself": {0: torch.zeros(3)},
+    "state_dict": {"state_dict": {0: torch.zeros(3), ("a",): torch.zeros(3)}},
+    "model": {"model": {0: torch.zeros(3)}},
+}
+
+
+@pytest.mark.parametrize("kind", NAMELESS)
+def test_tensors_without_names(kind: str, tmp_path: Path) -> None:
+    torch.save(NAMELESS[kind], tmp_path / "given.pth")
+    with pytest.raises(UserError, match=r"given\.pth: it has no residual network"):
+        load_weights(tmp_path / "given.pth")
+
+
+def test_tensors_without_names_are_left_out(images: Tensor, tmp_path: Path) -> None:
+    model = others.network("resnet18", "classifier", 2)
+    torch.save({0: torch.zeros(3), **model.state_dict()}, tmp_path / "given.pth")
+    check_same(load_weights(tmp_path / "given.pth"), model, images, head=False)
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "two networks": ({"a.": 0, "b.": 1}, "several encoders, and none is encoder_q: 'a.', 'b.'"),
     "two query encoders": ({"a.encoder_q.": 0, "b.encoder_q.": 1}, "several encoders"),
@@ -133,27 +182,82 @@ def test_a_head_that_lacks_its_bias_is_refused(tmp_path: Path) -> None:
         load_weights(tmp_path / "given.pth.tar")
 
 
-DESCRIPTIONS = [
-    "no JSON",
-    "[1]",
-    "{}",
-    '{"built": {"arch": "resnet99", "dim": null}, "data": {}, "temperature": null}',
-    '{"built": {"arch": "resnet18", "dim": 16}, "data": {}, "temperature": null}',
-    '{"built": {"arch": "resnet18", "dim": null}, "data": {"image_size": 1}, "temperature": null}',
-    '{"built": {"arch": "resnet18", "dim": null, "depth": 3}, "data": {}, "temperature": null}',
-]
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.zeros(()), r"its head's last weight is \[\], expected 2 dimensions"),
+        # A head of 16 TB, were it built before it is compared.
+        (torch.zeros(2**33, 0), r"tensor head\.2\.bias is \[16\], expected \[8589934592\]"),
+    ],
+)
+def test_a_head_of_a_wrong_shape_is_refused(weight: Tensor, reason: str, tmp_path: Path) -> None:
+    content = others.pretraining(*(others.network("resnet18", "v2", seed) for seed in (0, 1)), torch.zeros(1))
+    content["state_dict"]["module.encoder_q.fc.2.weight"] = weight
+    torch.save(content, tmp_path / "given.pth.tar")
+    with pytest.raises(UserError, match=rf"given\.pth\.tar: .*{reason}"):
+        load_weights(tmp_path / "given.pth.tar")
 
 
-@pytest.mark.parametrize("described", DESCRIPTIONS)
-def test_safetensors_whose_description_does_not_fit(described: str, tmp_path: Path) -> None:
+def test_an_epoch_that_no_result_could_hold_is_left_out(tmp_path: Path) -> None:
+    state = others.network("resnet18", "classifier", 0).state_dict()
+    for epoch in (True, -1, 10**300):
+        torch.save({"epoch": epoch, "state_dict": state}, tmp_path / "given.pth")
+        assert "epoch" not in load_weights(tmp_path / "given.pth").about
+
+
+def described(**changes: str) -> str:
+    """A good description with entries replaced, as JSON."""
+    entries = {"built": '{"arch": "resnet18", "dim": null}', "data": "{}", "temperature": "0.1"} | changes
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in entries.items()) + "}"
+
+
+# What is written, and a part of the reason.
+DESCRIPTIONS = {
+    "no JSON": "synco_fast: Invalid JSON",
+    "[1]": "synco_fast: Input should be an object",
+    "{}": "built: Field required",
+    described(built='{"arch": "resnet99", "dim": null}'): "no such encoder",
+    described(built='{"arch": "resnet18", "dim": 16}'): "tensor head.0.bias is missing, expected [512]",
+    described(built='{"arch": "resnet18", "dim": 2147483647, "mlp": false}'): "expected [21474",  # 4 TB
+    described(built='{"arch": "resnet18", "dim": -1}'): "built.dim: ",
+    described(built='{"arch": "resnet18", "dim": "16"}'): "built.dim: ",
+    described(built='{"arch": "resnet34", "dim": null}'): "is missing, expected",
+    described(built='{"arch": "resnet18", "stem": "cifar", "dim": null}'): "is [64, 3, 7, 7], expected [64, 3, 3, 3]",
+    described(built='{"arch": "resnet18", "dim": null, "depth": 3}'): "built.depth: Extra inputs",
+    described(data='{"image_size": 1}'): "data.image_size: ",
+    described(data='{"image_size": 224, "eval_resize": 223}'): "data.eval_resize = 223: must be at least data.image_",
+    described(temperature='"x"'): "temperature: ",
+    described(temperature="-1"): "temperature: ",
+    described(temperature="0"): "temperature: ",
+    described(temperature="NaN"): "temperature: ",
+    described(temperature="Infinity"): "temperature: ",
+    described(step="NaN"): "step: ",
+    described(step="-1"): "step: ",
+    described(epoch='"7"'): "epoch: ",
+    described(seed="1" + 30 * "0"): "seed: ",
+    described(method="[]"): "method: ",
+    described(mean="[0.5, 0.5, 0.5]"): "mean = (0.5, 0.5, 0.5)",
+    described(author='"somebody"'): "author: Extra inputs",
+}
+
+
+@pytest.mark.parametrize("text", DESCRIPTIONS)
+def test_safetensors_whose_description_does_not_fit(text: str, tmp_path: Path) -> None:
     state = Encoder("resnet18", dim=None).state_dict()
     given = tmp_path / "given.safetensors"
-    safetensors.torch.save_file(state, given, {METADATA: described})
-    with pytest.raises(UserError, match=r"given\.safetensors: its weights do not fit its own description"):
+    safetensors.torch.save_file(state, given, {METADATA: text})
+    reason = re.escape(DESCRIPTIONS[text])
+    with pytest.raises(UserError, match=rf"given\.safetensors: its weights do not fit its own description: .*{reason}"):
         load_weights(given)
-    good = '{"built": {"arch": "resnet18", "dim": null}, "data": {}, "temperature": 0.1}'
-    safetensors.torch.save_file(state, given, {METADATA: good})
-    assert load_weights(given).temperature == 0.1
+
+
+def test_safetensors_with_a_good_description(tmp_path: Path) -> None:
+    given = tmp_path / "given.safetensors"
+    state = Encoder("resnet18", dim=None).state_dict()
+    safetensors.torch.save_file(state, given, {METADATA: described(step="4", method='"moco"')})
+    weights = load_weights(given)
+    assert weights.temperature == 0.1 and weights.about["step"] == 4 and weights.about["method"] == "moco"
+    assert weights.built == {"arch": "resnet18", "dim": None} and "seed" not in weights.about
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0\0\0\0\0\0", b"\xff" * 64, b"PK\3\4" + bytes(60)])

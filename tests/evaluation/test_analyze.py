@@ -231,6 +231,22 @@ def test_the_page_shows_all_of_it_and_loads_nothing(analysis: tuple[dict[str, An
     assert "t-SNE" in page.text and "class1" in page.text
 
 
+NAMES = ("_a", r"$\foo$", b"b\xff".decode(errors="surrogateescape"))
+
+
+def test_classes_of_any_name_are_in_the_legend(checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    """What matplotlib would leave out, what it would set as TeX, and bytes that are no character."""
+    for split in ("train", "val"):
+        for i, name in enumerate(NAMES):
+            shutil.copytree(images / split / f"class{i % 2}", tmp_path / "images" / split / name)
+    done = call("analyze", checkpoint, "--data", tmp_path / "images", "--output", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["projection"]["classes"] == sorted(NAMES)
+    check_self_contained(tmp_path / "out" / "report.html")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert [page.count(f">{name}</text>") for name in ("_a", r"$\foo$", "b?")] == [1, 1, 1]
+
+
 def test_weights_without_a_head_and_keys(images: Path, tmp_path: Path) -> None:
     """torchvision's: features are the embedding, keys are the query encoder's; sizes are those that fit 100 images."""
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")

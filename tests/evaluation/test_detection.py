@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from synco_fast.errors import UserError
-from synco_fast.evaluation.detection import check_filled, metrics_of
+from synco_fast.evaluation.detection import check_filled, merge, metrics_of
 from tests.conftest import REPOSITORY, environment
 
 FOLDER = REPOSITORY / "configs" / "detection"
@@ -102,6 +102,44 @@ def test_a_tensor_left_empty_is_refused() -> None:
     torch.nn.init.constant_(model["backbone"].running_var, torch.nan)
     with pytest.raises(UserError, match=r"MODEL\.WEIGHTS out\.pkl: 1 of 4 tensors .* backbone\.running_var among them"):
         check_filled(model, "out.pkl")
+
+
+class Raising:
+    """A configuration that raises what detectron2's and yacs' raise, which are no dependencies."""
+
+    def __init__(self, error: Exception, *, of_settings: bool) -> None:
+        self.error, self.of_settings = error, of_settings
+
+    def merge_from_file(self, file: str) -> None:
+        assert file == "voc.yaml"
+        if not self.of_settings:
+            raise self.error
+
+    def merge_from_list(self, settings: list[str]) -> None:
+        assert settings == ["SOLVER.BASE_LR", "fast"]
+        raise self.error
+
+
+@pytest.mark.parametrize("of_settings", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("Non-existent key: SOLVER.BASE_RATE"),
+        KeyError("Non-existent config key: MODEL.FOO"),
+        ValueError("Type mismatch"),
+        OSError(21, "Is a directory"),
+        yaml.YAMLError("while parsing"),
+        AttributeError("'list' object has no attribute 'items'"),
+        AssertionError(),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_detectron2_cannot_use(error: Exception, of_settings: bool) -> None:
+    source = "KEY VALUE SOLVER.BASE_LR fast" if of_settings else "--config-file voc.yaml"
+    with pytest.raises(UserError) as raised:
+        merge(Raising(error, of_settings=of_settings), "voc.yaml", ["SOLVER.BASE_LR", "fast"])
+    reason = str(error) or "AssertionError"
+    assert str(raised.value).startswith(f"{source}: detectron2 cannot use it: {reason}; expected one of configs/det")
 
 
 def test_metrics_by_path() -> None:

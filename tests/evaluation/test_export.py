@@ -275,3 +275,26 @@ def test_what_cannot_be_written(odd: dict[str, Path], tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     (tmp_path / "out.pth").mkdir()
     refused(odd["basic"], tmp_path / "out.pth", "torchvision", "out.pth: is there already")
+
+
+def test_names_that_are_too_long(odd: dict[str, Path], tmp_path: Path) -> None:
+    """Of the description alone, and of a file that it is written to at first: nothing is left in another try's way."""
+    for length in (244, 254, 300):
+        out = tmp_path / f"{'x' * length}.pth"
+        for _ in range(2):
+            refused(odd["basic"], out, "torchvision", out.name[:60], "cannot write it: File name too long")
+
+
+def test_refused_under_torchrun(odd: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(odd["basic"], tmp_path / "out.pth", "torchvision", "export: under torchrun", "start it without")
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    state = torchvision.models.resnet18().state_dict()
+    state["layer2.0.bn1.running_var"][3] = torch.inf
+    torch.save(state, tmp_path / "given.pth")
+    for form in ("torchvision", "timm", "safetensors"):
+        out = tmp_path / f"out{SUFFIXES[form]}"
+        reason = "1 of its 120 tensors are not finite"
+        refused(tmp_path / "given.pth", out, form, str(tmp_path / "given.pth"), reason, "layer2.0.bn1.running_var")
