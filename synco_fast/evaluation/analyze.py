@@ -25,8 +25,8 @@ from synco_fast.evaluation.embedding import (
     same_class_among,
     uniformity,
 )
+from synco_fast.evaluation.report import write_page
 from synco_fast.evaluation.session import Request, Session, opened
-from synco_fast.files import write_text_atomically
 from synco_fast.models.encoders import Encoder
 from synco_fast.ops import HardNegatives, infonce, synthesize
 
@@ -109,7 +109,7 @@ def analyze(
             **measured,
             projection={"classes": names, **projection},
         )
-        write_text_atomically(request.output / REPORT, page(result))
+        write_page(request.output / REPORT, page(result))
         return result
 
 
