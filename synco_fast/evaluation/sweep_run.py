@@ -20,6 +20,7 @@ from synco_fast.config_text import listing
 from synco_fast.data.index import scan
 from synco_fast.engine import checkpoints
 from synco_fast.engine.distributed import Processes, choose_device
+from synco_fast.engine.metrics import check_place
 from synco_fast.engine.probe import held_out_like
 from synco_fast.engine.progress import CountProgress
 from synco_fast.engine.run import check
@@ -62,15 +63,15 @@ def run(path: Path, data: Path, output: Path, jobs: int | None, commands: Mappin
     started, plan = time.time(), read_plan(path, commands)
     _check_runs(plan)
     index = scan(data)
-    if plan.evaluations:
-        held_out_like(index, data, "sweep")
+    held_out = held_out_like(index, data, "sweep") if plan.evaluations else None
+    check_place(output)
     check_folder(output, names_in(output, plan), "sweep")
     make_folder(output)
     with (
         CountProgress("sweep, stages", len(plan.runs) * len(plan.stages)) as progress,
         alone(output, progress.warn) as lock,
     ):
-        records = read_records(plan, output, {"images": len(index), "digest": index.digest})
+        records = read_records(plan, output, index, held_out)
         work = _Work(plan, records, data, output, lock, progress, started)
         work.run(jobs or max(1, torch.cuda.device_count()))
     return (output / TABLE).read_text(encoding="utf-8")
