@@ -27,7 +27,8 @@ from synco_fast.engine.run import check
 from synco_fast.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from synco_fast.evaluation import sweep_page
 from synco_fast.evaluation.session import RESULT
-from synco_fast.evaluation.sweep import TABLE, Flags, Plan, arguments, read_plan
+from synco_fast.evaluation.sweep import TABLE, Plan, read_plan
+from synco_fast.evaluation.sweep_options import Evaluation
 from synco_fast.evaluation.sweep_state import LOG, Record, alone, names_in, read_records
 from synco_fast.files import check_folder, make_folder, write_text_atomically
 
@@ -44,7 +45,7 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def run(path: Path, data: Path, output: Path, jobs: int | None, commands: Mapping[str, Flags]) -> str:
+def run(path: Path, data: Path, output: Path, jobs: int | None, commands: Mapping[str, Evaluation]) -> str:
     """Run (or go on with) a sweep, and leave its results in `output`.
 
     Args:
@@ -186,7 +187,7 @@ class _Work:
         if stage != "pretrain":
             checkpoint = checkpoints.folder(folder) / checkpoints.LATEST
             places = ["--data", str(self.data), "--output", str(folder / stage)]
-            return [stage, str(checkpoint), *places, *arguments(self.plan.evaluations[stage])]
+            return [stage, str(checkpoint), *places, *self.plan.words[stage]]
         config = record.run.config
         placed = {"output": str(folder), "data": config.data.model_copy(update={"root": str(self.data)})}
         file = folder / "config.yaml"  # where the pretraining writes it again
