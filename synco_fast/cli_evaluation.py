@@ -1,6 +1,7 @@
 """The commands of `synco-fast` that judge weights or take them elsewhere."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -10,6 +11,7 @@ from synco_fast.errors import UserError
 
 if TYPE_CHECKING:
     from synco_fast.evaluation.session import Request
+    from synco_fast.evaluation.sweep_options import Evaluation
 
 app = typer.Typer()
 
@@ -31,6 +33,29 @@ DataOverrides = Annotated[
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is a GPU.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="bf16: the backbone runs under autocast.")]
 
+
+def _numbers(text: str, kind: type[Number]) -> list[Number]:
+    """Comma-separated numbers."""
+    return [kind(part) for part in text.split(",")]
+
+
+def _above_zero(kind: type[Number], expected: str) -> Callable[[typer.CallbackParam, str | None], str | None]:
+    """The check of an option of comma-separated numbers: all of them are finite and above 0, as is `expected`."""
+
+    def check(parameter: typer.CallbackParam, value: str | None) -> str | None:
+        try:
+            good = value is None or all(0 < number < math.inf for number in _numbers(value, kind))
+        except ValueError:
+            good = False
+        if not good:
+            raise UserError(f"{parameter.opts[0]} {value}: expected {expected}")
+        return value
+
+    return check
+
+
+_RATES = _above_zero(float, "numbers above 0, as in 0.01,0.05")
+
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all that is random.")]
 Resume = Annotated[
     str | None, typer.Option(help='"auto": go on from the output\'s latest checkpoint, if any; or its path.')
@@ -41,8 +66,22 @@ Resume = Annotated[
 def knn(
     checkpoint: Checkpoint,
     data: LabelledData,
-    k: Annotated[str, typer.Option(metavar="K[,K...]", help="Neighbours that vote; several: a sweep.")] = "200",
-    temperature: Annotated[str, typer.Option(metavar="T[,T...]", help="Of the votes' weights.")] = "0.07",
+    k: Annotated[
+        str,
+        typer.Option(
+            metavar="K[,K...]",
+            help="Neighbours that vote; several: a sweep.",
+            callback=_above_zero(int, "whole numbers above 0, as in 20,200"),
+        ),
+    ] = "200",
+    temperature: Annotated[
+        str,
+        typer.Option(
+            metavar="T[,T...]",
+            help="Of the votes' weights.",
+            callback=_above_zero(float, "numbers above 0, as in 0.07,0.2"),
+        ),
+    ] = "0.07",
     overrides: DataOverrides = None,
     device: Device = "auto",
     precision: Precision = "fp32",
@@ -52,10 +91,8 @@ def knn(
     from synco_fast.evaluation.nearest import knn as measure
     from synco_fast.evaluation.session import Request
 
-    ks = numbers("--k", k, int, "whole numbers above 0, as in 20,200")
-    temperatures = numbers("--temperature", temperature, float, "numbers above 0, as in 0.07,0.2")
     request = Request(checkpoint, data, output, overrides or (), device, precision)
-    measure(request, ks=ks, temperatures=temperatures)
+    measure(request, ks=_numbers(k, int), temperatures=_numbers(temperature, float))
 
 
 @app.command()
@@ -68,11 +105,18 @@ def sweep(
     ] = None,
 ) -> None:
     """Pretrain with several settings and seeds, judge each, and tabulate; started again, it goes on where it was."""
-    from synco_fast.evaluation.sweep import evaluations
     from synco_fast.evaluation.sweep_run import run
 
-    known = evaluations(vars(typer.main.get_command(app))["commands"])
-    typer.echo(run(file, data, output or Path("runs") / file.stem, jobs, known), nl=False)
+    typer.echo(run(file, data, output or Path("runs") / file.stem, jobs, evaluations()), nl=False)
+
+
+def evaluations() -> dict[str, "Evaluation"]:
+    """The commands that a sweep may run on a checkpoint."""
+    from synco_fast.evaluation.sweep_options import Evaluation
+
+    commands = vars(typer.main.get_command(app))["commands"]
+    checks = {"knn": lambda context: None, "linear": _check_linear, "semisup": _check_semisup}
+    return {name: Evaluation(commands[name], check) for name, check in checks.items()}
 
 
 @app.command()
@@ -85,7 +129,11 @@ def linear(
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a step, over all processes.")] = 256,
     milestones: Annotated[
         str | None,
-        typer.Option(metavar="E[,E...]", help="Epochs at which the rate falls to a tenth; left out: 60% and 80%."),
+        typer.Option(
+            metavar="E[,E...]",
+            help="Epochs at which the rate falls to a tenth; left out: 60% and 80%.",
+            callback=_above_zero(int, "whole numbers above 0, as in 60,80"),
+        ),
     ] = None,
     seed: Seed = 0,
     resume: Resume = None,
@@ -109,13 +157,12 @@ def linear(
         return
     from synco_fast.evaluation import linear as probe
 
-    text = "whole numbers above 0, as in 60,80"
     probe.linear(
         request,
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
-        milestones=None if milestones is None else numbers("--milestones", milestones, int, text),
+        milestones=_milestones(milestones),
         seed=seed,
         resume=resume,
     )
@@ -125,13 +172,32 @@ def _linear_cached(context: typer.Context, request: "Request", seed: int) -> Non
     """`linear --cached`, which none of the options of training goes with."""
     from synco_fast.evaluation.cached import cached
 
+    _check_cached(context)
+    cached(request, seed=seed)
+
+
+def _check_linear(context: typer.Context) -> None:
+    """Refuse options of `linear` that cannot be used together, as it would."""
+    from synco_fast.evaluation import linear as probe
+
+    given = context.params
+    if given["cached"]:
+        _check_cached(context)
+    else:
+        probe.checked(given["epochs"], given["lr"], _milestones(given["milestones"]))
+
+
+def _milestones(text: str | None) -> list[int] | None:
+    return None if text is None else _numbers(text, int)
+
+
+def _check_cached(context: typer.Context) -> None:
     for name in ("epochs", "lr", "batch_size", "milestones", "resume"):
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             raise UserError(
                 f"--cached and --{name.replace('_', '-')}: nothing is trained by steps; give one of the two"
             )
-    cached(request, seed=seed)
 
 
 @app.command()
@@ -143,9 +209,11 @@ def semisup(
         Path | None,
         typer.Option("--list", help="Names of the labelled images, one a line; left out: drawn, and written down."),
     ] = None,
-    lr_backbone: Annotated[str, typer.Option(metavar="LR[,LR...]", help="Of the backbone.")] = "0.01,0.02,0.05",
+    lr_backbone: Annotated[
+        str, typer.Option(metavar="LR[,LR...]", help="Of the backbone.", callback=_RATES)
+    ] = "0.01,0.02,0.05",
     lr_head: Annotated[
-        str, typer.Option(metavar="LR[,LR...]", help="Of the linear layer. Each pair is tried.")
+        str, typer.Option(metavar="LR[,LR...]", help="Of the linear layer. Each pair is tried.", callback=_RATES)
     ] = "0.5",
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Left out: 60, 30 and 90 for fractions of 0.01, 0.1 and 1.")
@@ -165,14 +233,12 @@ def semisup(
     from synco_fast.evaluation import semisup as tuning
     from synco_fast.evaluation.session import Request
 
-    rates = {"--lr-backbone": lr_backbone, "--lr-head": lr_head}
-    backbone, head = (numbers(name, text, float, "numbers above 0, as in 0.01,0.05") for name, text in rates.items())
     tuning.semisup(
         Request(checkpoint, data, output, overrides or (), device, precision),
         fraction=fraction,
         listed=listed,
-        lr_backbone=backbone,
-        lr_head=head,
+        lr_backbone=_numbers(lr_backbone, float),
+        lr_head=_numbers(lr_head, float),
         epochs=epochs,
         batch_size=batch_size,
         weight_decay=weight_decay,
@@ -181,19 +247,12 @@ def semisup(
     )
 
 
-def numbers(option: str, text: str, kind: type[Number], expected: str) -> list[Number]:
-    """An option's comma-separated numbers, all of them finite and above 0.
+def _check_semisup(context: typer.Context) -> None:
+    """Refuse options of `semisup` that cannot be used together, as it would."""
+    from synco_fast.evaluation import semisup as tuning
 
-    Raises:
-        UserError: naming the option and what it expects.
-    """
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(0 < value < math.inf for value in values):
-        raise UserError(f"{option} {text}: expected {expected}")
-    return values
+    given = context.params
+    tuning.checked(given["fraction"], given["epochs"], given["weight_decay"])
 
 
 @app.command()

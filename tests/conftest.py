@@ -54,6 +54,14 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """TINY with a narrower encoder as a file: a twentieth of a second a step."""
+    path = tmp_path / "small.yaml"
+    path.write_text(TINY.replace("arch: resnet18", "arch: resnet10_narrow"))
+    return path
+
+
 def environment() -> dict[str, str]:
     """One thread a process: what runs side by side must not fight for two cores."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

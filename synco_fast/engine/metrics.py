@@ -74,6 +74,20 @@ def named(names: tuple[str, ...], values: list[float]) -> dict[str, float | None
     return {name: value if math.isfinite(value) else None for name, value in zip(names, values, strict=True)}
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a folder that metrics cannot be written to for its name.
+
+    Raises:
+        UserError: naming it.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{folder}: TensorBoard writes to folders of names in UTF-8 only; name another output"
+        ) from error
+
+
 class MetricsLog:
     """`metrics.jsonl`, one row at a time, and TensorBoard's event files.
 
@@ -83,9 +97,13 @@ class MetricsLog:
     Args:
         folder: of the run.
         step: rows beyond it belong to work that will be done again, and are dropped.
+
+    Raises:
+        UserError: they cannot be written there.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        check_place(folder)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_json_lines(self.path) if row["step"] <= step] if self.path.exists() else []
         write_text_atomically(self.path, "".join(map(_line, kept)))

@@ -88,12 +88,17 @@ def load_weights(path: Path) -> Weights:
     Nothing in the file is run. Names may have any prefix (`module.`, `encoder_q.`); the architecture is recognised.
 
     Raises:
-        UserError: not there, damaged, holds more than tensors and plain values, or no encoder known here.
+        UserError: not there, damaged, holds more than tensors and plain values, no encoder known here, or not finite.
     """
     if path.suffix == ".safetensors":
-        return _from_safetensors(path)
-    content = checkpoints.read(path)
-    return _from_run(content, path) if checkpoints.is_ours(content) else _from_others(content, path)
+        weights = _from_safetensors(path)
+    else:
+        content = checkpoints.read(path)
+        weights = _from_run(content, path) if checkpoints.is_ours(content) else _from_others(content, path)
+    wrong = [name for name, value in weights.encoder.state_dict().items() if not bool(value.isfinite().all())]
+    if wrong:
+        raise UserError(f"{path}: its weights are not finite: {len(wrong)} tensors, {wrong[0]} among them")
+    return weights
 
 
 def query_encoder(state: dict[str, Any], config: Config) -> Encoder:

@@ -24,7 +24,7 @@ _COLUMNS = 90  # of a histogram, over what the figure shows of it
 def page(result: dict[str, Any]) -> str:
     """The page of an analysis, `result` being what `result.json` holds."""
     weights, settings, about = (result[name] for name in ("weights", "settings", "about"))
-    html = PAGE.substitute(
+    return PAGE.substitute(
         title=escaped(f"Analysis: {weights['arch']}"),
         subtitle=escaped(f"{weights['path']} on {result['data']['root']}, started {about['started']}"),
         facts=fact_list(_facts(result)),
@@ -32,7 +32,6 @@ def page(result: dict[str, Any]) -> str:
         environment=_environment(result),
         config=escaped(config_text.to_yaml({"settings": settings, "data": result["data"]})),
     )
-    return _readable(html)
 
 
 def _readable(text: str) -> str:

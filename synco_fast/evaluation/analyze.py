@@ -25,8 +25,8 @@ from synco_fast.evaluation.embedding import (
     same_class_among,
     uniformity,
 )
+from synco_fast.evaluation.report import write_page
 from synco_fast.evaluation.session import Request, Session, opened
-from synco_fast.files import write_text_atomically
 from synco_fast.models.encoders import Encoder
 from synco_fast.ops import HardNegatives, infonce, synthesize
 
@@ -93,7 +93,7 @@ def analyze(
     Raises:
         UserError: see `opened`; or the numbers do not fit the data; nothing has been written.
     """
-    with opened("analyze", request, {REPORT}) as session:
+    with opened("analyze", request, {REPORT}, unread=("root",)) as session:
         if session.processes.world_size > 1:
             raise UserError("analyze: is for one process; start it without torchrun")
         plan = _plan(session, queries, queue, n_hard)
@@ -109,7 +109,7 @@ def analyze(
             **measured,
             projection={"classes": names, **projection},
         )
-        write_text_atomically(request.output / REPORT, page(result))
+        write_page(request.output / REPORT, page(result))
         return result
 
 

@@ -171,7 +171,7 @@ def merge(cfg: Any, file: str, settings: Sequence[str]) -> None:
         UserError: either cannot be merged. detectron2 raises almost anything.
     """
     sources = {
-        f"--config-file {file}": (lambda: cfg.merge_from_file(file)),
+        f"--config-file {file}": (lambda: cfg.merge_from_file(file, allow_unsafe=False)),
         f"KEY VALUE {shlex.join(settings)}": (lambda: cfg.merge_from_list(list(settings))),
     }
     for source, merged in sources.items():

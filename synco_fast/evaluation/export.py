@@ -68,12 +68,6 @@ def export(checkpoint: Path, out: Path, form: str) -> dict[str, Any]:
     if reason is not None:
         raise UserError(f"{checkpoint}: cannot be exported as {form}: {reason}")
     tensors = FORMATS[form].tensors(weights)
-    wrong = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
-    if wrong:
-        raise UserError(
-            f"{checkpoint}: cannot be exported, {len(wrong)} of its {len(tensors)} tensors are not finite, {wrong[0]} "
-            f"among them; export an earlier checkpoint"
-        )
     _say(f"writing {out}")
     content = FORMATS[form].encoded(weights, tensors)
     write_atomically(out, lambda file: file.write(content))

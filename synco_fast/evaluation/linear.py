@@ -43,16 +43,9 @@ def linear(
         UserError: see `opened`; an option cannot be used, or the loss was not finite.
         Interrupted: by a signal, with the state saved.
     """
-    if not 0 < lr < math.inf:
-        raise UserError(f"--lr {lr:g}: expected a number above 0")
-    protocol = Protocol(epochs, batch_size, seed, lr, None, 0.0, _checked(milestones, epochs))
-    settings = {
-        "epochs": epochs,
-        "lr": lr,
-        "batch_size": batch_size,
-        "milestones": list(protocol.milestones or ()),
-        "seed": seed,
-    }
+    milestones = checked(epochs, lr, milestones)
+    protocol = Protocol(epochs, batch_size, seed, lr, None, 0.0, tuple(milestones))
+    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "milestones": milestones, "seed": seed}
     with opened("linear", request, {*FILES, HEAD}) as session:
         check_batch(batch_size, len(session.bank), session, session.bank.root.name + "/")
         operator.resolve(session.data.augmentation, session.processes.device)
@@ -96,13 +89,20 @@ def write_head(folder: Path, weight: Tensor, bias: Tensor) -> None:
     write_atomically(folder / HEAD, lambda file: file.write(content))
 
 
-def _checked(milestones: Sequence[int] | None, epochs: int) -> tuple[int, ...]:
+def checked(epochs: int, lr: float, milestones: Sequence[int] | None) -> list[int]:
+    """The milestones of a probe whose options can be used: see `linear`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not 0 < lr < math.inf:
+        raise UserError(f"--lr {lr:g}: expected a number above 0")
     if milestones is None:
-        return tuple(sorted({epochs * share // 5 for share in (3, 4)} - {0}))
+        return sorted({epochs * share // 5 for share in (3, 4)} - {0})
     if list(milestones) != sorted(set(milestones)) or milestones[-1] >= epochs:
         text = ",".join(map(str, milestones))
         raise UserError(f"--milestones {text}: must ascend without repeats, and be below --epochs {epochs}")
-    return tuple(milestones)
+    return list(milestones)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from synco_fast import config
 from synco_fast.errors import UserError
 from synco_fast.evaluation import charts
-from synco_fast.files import read_json_lines, write_text_atomically
+from synco_fast.files import read_json_lines, write_atomically
 
 METHODS = {"moco": "MoCo", "mochi": "MoCHi", "synco": "SynCo"}
 BASELINES = {
@@ -121,8 +121,17 @@ def write_report(folder: Path) -> Path:
         config=escaped(run.config_text),
     )
     path = folder / "report.html"
-    write_text_atomically(path, page)
+    write_page(path, page)
     return path
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page of HTML as UTF-8. Names of files are bytes: one that stands for no character is shown as ?.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
 
 
 def _sections(run: Run) -> Iterable[str]:

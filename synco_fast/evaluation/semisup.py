@@ -59,9 +59,7 @@ def semisup(
         UserError: see `opened`; an option or the list cannot be used, or a loss was not finite.
         Interrupted: by a signal, with the state saved.
     """
-    epochs = _checked_epochs(fraction, epochs)
-    if not 0 <= weight_decay < math.inf:
-        raise UserError(f"--weight-decay {weight_decay:g}: expected a number that is not negative")
+    epochs = checked(fraction, epochs, weight_decay)
     protocols = [
         Protocol(epochs, batch_size, seed, head, backbone, weight_decay, None)
         for backbone, head in itertools.product(lr_backbone, lr_head)
@@ -188,7 +186,14 @@ def _text(rates: Mapping[str, float]) -> str:
     return f"backbone {rates['lr_backbone']:g}, head {rates['lr_head']:g}"
 
 
-def _checked_epochs(fraction: float, epochs: int | None) -> int:
+def checked(fraction: float, epochs: int | None, weight_decay: float) -> int:
+    """The epochs of a fine-tuning whose options can be used: see `semisup`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"--weight-decay {weight_decay:g}: expected a number that is not negative")
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction:g}: expected a share of the labels above 0 and at most 1, as in 0.01")
     if epochs is None and fraction not in EPOCHS:

@@ -5,10 +5,7 @@ configuration, and every evaluation the options that the command line knows.
 """
 
 import copy
-import difflib
 import itertools
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,18 +19,14 @@ from synco_fast.config import Config, PathText, Section
 from synco_fast.config_text import describe, flatten, listing, read_yaml, set_key
 from synco_fast.errors import UserError
 from synco_fast.evaluation.session import RESULT
+from synco_fast.evaluation.sweep_options import Evaluation, as_text, nearest
 
 TABLE, REPORT = "table.md", "report.html"
 OWN_LOCK, CHILDREN_LOCK = "sweep.lock", "children.lock"
-EVALUATIONS = ("knn", "linear", "semisup")
-"""Commands that a sweep may run on a checkpoint."""
 NOT_OF_A_RUN = {"output": "the sweep's --output", "seed": "the sweep's seeds", "data.root": "the sweep's --data"}
 """Keys that a run may not set, and what sets them."""
 FILES = (RESULT, TABLE, REPORT, OWN_LOCK, CHILDREN_LOCK)
 """What a sweep leaves in its output folder beside the folders of its runs."""
-
-Flags = Mapping[str, bool]
-"""Options of a command by name, without the dashes: whether it is a flag, which takes no value."""
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._=+,@ -]{0,198}[A-Za-z0-9_=+@-])?")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._=+,@-]")
@@ -76,13 +69,14 @@ class Plan:
 
     Attributes:
         source: the file. settings: what it says. runs: every name with every seed, in the file's order.
-        evaluations: options by command.
+        evaluations: options by command. words: those of each evaluation's command line, places aside.
     """
 
     source: Path
     settings: dict[str, Any]
     runs: list[Run]
     evaluations: dict[str, dict[str, Any]]
+    words: dict[str, list[str]]
 
     @property
     def stages(self) -> list[str]:
@@ -90,11 +84,11 @@ class Plan:
         return ["pretrain", *self.evaluations]
 
 
-def read_plan(path: Path, commands: Mapping[str, Flags]) -> Plan:
+def read_plan(path: Path, commands: Mapping[str, Evaluation]) -> Plan:
     """Read a sweep's file and check all of it.
 
     Args:
-        commands: the evaluations that there are, with their options.
+        commands: the evaluations that there are, by name.
 
     Raises:
         UserError: listing what is wrong, by the name of the run where it is a run's.
@@ -112,9 +106,11 @@ def read_plan(path: Path, commands: Mapping[str, Flags]) -> Plan:
     if not named and not problems:
         problems.append(f"{'grid' if sweep.runs is None else 'runs'}: is empty; name at least one")
     problems += [problem for name, _ in named for problem in _name_problems(name)]
-    problems += [
-        problem for name, options in sweep.evaluate.items() for problem in _option_problems(name, options, commands)
-    ]
+    for name, options in sweep.evaluate.items():
+        if name in commands:
+            problems += [f"evaluate.{name}{problem}" for problem in commands[name].problems(options)]
+        else:
+            problems.append(f"evaluate.{name}: no such evaluation{nearest(name, commands)}")
     if problems:
         raise _refused(path, problems)
 
@@ -124,33 +120,11 @@ def read_plan(path: Path, commands: Mapping[str, Flags]) -> Plan:
             runs += [Run(name, seed, overrides, _resolve(base, overrides, seed)) for seed in sweep.seeds]
         except UserError as error:
             problems += [f"{name}: {line.strip()}" for line in str(error).splitlines()]
+    problems += dict.fromkeys(_preparation_problems(runs, sweep.evaluate))
     if problems:
         raise _refused(path, problems)
-    return Plan(path, settings, runs, sweep.evaluate)
-
-
-def evaluations(commands: Mapping[str, Any]) -> dict[str, Flags]:
-    """The evaluations among the commands of a command line, with the options that are for a sweep's file to set."""
-    return {
-        name: {
-            option[2:]: bool(getattr(parameter, "is_flag", False))
-            for parameter in commands[name].params
-            for option in parameter.opts
-            if option.startswith("--") and option not in ("--data", "--output")
-        }
-        for name in EVALUATIONS
-        if name in commands
-    }
-
-
-def arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options as words of a command line."""
-    words = []
-    for name, value in options.items():
-        words.append(f"--{name}")
-        if value is not True:
-            words.append(",".join(map(_text, value)) if isinstance(value, list) else _text(value))
-    return words
+    words = {name: commands[name].words(options) for name, options in sweep.evaluate.items()}
+    return Plan(path, settings, runs, sweep.evaluate, words)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -212,7 +186,7 @@ def _combinations(grid: dict[str, list[Any]], problems: list[str]) -> Iterator[t
     seen = set()
     for values in itertools.product(*grid.values()) if grid else ():
         overrides = dict(zip(grid, values, strict=True))
-        name = " ".join(f"{key}={_NOT_IN_A_NAME.sub('', _text(value))}" for key, value in overrides.items())
+        name = " ".join(f"{key}={_NOT_IN_A_NAME.sub('', as_text(value))}" for key, value in overrides.items())
         if name in seen:
             problems.append(f"grid: two combinations have the name {name!r}; name them yourself, under runs")
         seen.add(name)
@@ -230,37 +204,15 @@ def _name_problems(name: str) -> list[str]:
     return []
 
 
-def _option_problems(command: str, options: dict[str, Any], commands: Mapping[str, Flags]) -> Iterator[str]:
-    """What is wrong with an evaluation of the sweep's file."""
-    if command not in commands:
-        yield f"evaluate.{command}: no such evaluation{_nearest(command, commands)}"
-        return
-    flags = commands[command]
-    for name, value in options.items():
-        where = f"evaluate.{command}.{name}"
-        if name not in flags:
-            yield f"{where}: {command} has no option --{name} for a sweep to set{_nearest(name, flags)}"
-        elif flags[name] and value is not True:
-            yield f"{where} = {value!r}: --{name} takes no value; write true, or leave it out"
-        elif not flags[name] and not _is_value(value):
-            yield f"{where} = {value!r}: expected a number, a text, or a list of them"
-
-
-def _is_value(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and not any(isinstance(part, list) or not _is_value(part) for part in value)
-    return isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value))
-
-
-def _text(value: Any) -> str:
-    """A value as a person writes it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+def _preparation_problems(runs: list[Run], evaluations: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What evaluations may not set of how a run's images are prepared."""
+    for run, (name, options) in itertools.product(runs, evaluations.items()):
+        given = options.get("set", [])
+        try:
+            config.prepare(run.config.data, list(map(as_text, given if isinstance(given, list) else [given])))
+        except UserError as error:
+            yield f"{run.name}: evaluate.{name}.set: {' '.join(str(error).split())}"
 
 
 def _repeated(values: list[int]) -> set[int]:
     return {value for value in values if values.count(value) > 1}
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(known)}"

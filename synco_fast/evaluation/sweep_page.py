@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from synco_fast.config_text import to_yaml
 from synco_fast.engine.distributed import Processes, choose_device
 from synco_fast.evaluation.charts import BLUE, ORANGE, STYLE, WIDTH, svg
-from synco_fast.evaluation.report import PAGE, escaped, fact_list, section
+from synco_fast.evaluation.report import PAGE, escaped, fact_list, section, write_page
 from synco_fast.evaluation.session import about, write_result
 from synco_fast.evaluation.sweep import REPORT, TABLE, Plan
 from synco_fast.evaluation.sweep_state import Record
@@ -42,7 +42,7 @@ def write_results(plan: Plan, records: Sequence[Record], output: Path, stages: d
     }
     write_result(output, result)
     write_text_atomically(output / TABLE, table(result))
-    write_text_atomically(output / REPORT, page(result, plan.source.stem))
+    write_page(output / REPORT, page(result, plan.source.stem))
 
 
 def _row(record: Record, plan: Plan) -> dict[str, Any]:

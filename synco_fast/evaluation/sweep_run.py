@@ -20,13 +20,15 @@ from synco_fast.config_text import listing
 from synco_fast.data.index import scan
 from synco_fast.engine import checkpoints
 from synco_fast.engine.distributed import Processes, choose_device
+from synco_fast.engine.metrics import check_place
 from synco_fast.engine.probe import held_out_like
 from synco_fast.engine.progress import CountProgress
 from synco_fast.engine.run import check
 from synco_fast.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from synco_fast.evaluation import sweep_page
 from synco_fast.evaluation.session import RESULT
-from synco_fast.evaluation.sweep import TABLE, Flags, Plan, arguments, read_plan
+from synco_fast.evaluation.sweep import TABLE, Plan, read_plan
+from synco_fast.evaluation.sweep_options import Evaluation
 from synco_fast.evaluation.sweep_state import LOG, Record, alone, names_in, read_records
 from synco_fast.files import check_folder, make_folder, write_text_atomically
 
@@ -43,7 +45,7 @@ if os.getppid() == int(sys.argv[1]):
 """
 
 
-def run(path: Path, data: Path, output: Path, jobs: int | None, commands: Mapping[str, Flags]) -> str:
+def run(path: Path, data: Path, output: Path, jobs: int | None, commands: Mapping[str, Evaluation]) -> str:
     """Run (or go on with) a sweep, and leave its results in `output`.
 
     Args:
@@ -62,15 +64,15 @@ def run(path: Path, data: Path, output: Path, jobs: int | None, commands: Mappin
     started, plan = time.time(), read_plan(path, commands)
     _check_runs(plan)
     index = scan(data)
-    if plan.evaluations:
-        held_out_like(index, data, "sweep")
+    held_out = held_out_like(index, data, "sweep") if plan.evaluations else None
+    check_place(output)
     check_folder(output, names_in(output, plan), "sweep")
     make_folder(output)
     with (
         CountProgress("sweep, stages", len(plan.runs) * len(plan.stages)) as progress,
         alone(output, progress.warn) as lock,
     ):
-        records = read_records(plan, output, {"images": len(index), "digest": index.digest})
+        records = read_records(plan, output, index, held_out)
         work = _Work(plan, records, data, output, lock, progress, started)
         work.run(jobs or max(1, torch.cuda.device_count()))
     return (output / TABLE).read_text(encoding="utf-8")
@@ -185,7 +187,7 @@ class _Work:
         if stage != "pretrain":
             checkpoint = checkpoints.folder(folder) / checkpoints.LATEST
             places = ["--data", str(self.data), "--output", str(folder / stage)]
-            return [stage, str(checkpoint), *places, *arguments(self.plan.evaluations[stage])]
+            return [stage, str(checkpoint), *places, *self.plan.words[stage]]
         config = record.run.config
         placed = {"output": str(folder), "data": config.data.model_copy(update={"root": str(self.data)})}
         file = folder / "config.yaml"  # where the pretraining writes it again

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from synco_fast.config import Config
 from synco_fast.config_text import flatten, listing
+from synco_fast.data.index import Index
 from synco_fast.errors import UserError
 from synco_fast.evaluation.sweep import CHILDREN_LOCK, FILES, OWN_LOCK, Plan, Run, differences, recorded
 from synco_fast.files import write_text_atomically
@@ -24,12 +25,13 @@ class Record:
 
     Attributes:
         run: of the sweep. folder: of the run. data: identity of the images.
+        held_out: that of the held-out ones; None where no evaluation needs them.
         finished: by stage, `seconds` of the process that finished it and what it was told: `config` and `data` of the
-            pretraining, `options` of an evaluation, with the `metrics` that it found.
+            pretraining, `options` and `held_out` of an evaluation, with the `metrics` that it found.
     """
 
-    def __init__(self, run: Run, output: Path, data: dict[str, Any]) -> None:
-        self.run, self.folder, self.data = run, run.folder(output), data
+    def __init__(self, run: Run, output: Path, data: dict[str, Any], held_out: dict[str, Any] | None) -> None:
+        self.run, self.folder, self.data, self.held_out = run, run.folder(output), data, held_out
         self.path = self.folder / STATE
         self.finished: dict[str, dict[str, Any]] = self._read() if self.path.exists() else {}
 
@@ -37,6 +39,8 @@ class Record:
         """Write down that a stage is finished: it is never done again."""
         if stage == "pretrain":
             details = {"config": recorded(self.run.config), "data": self.data}
+        else:
+            details["held_out"] = self.held_out
         self.finished[stage] = {"seconds": round(seconds, 3), **details}
         write_text_atomically(self.path, json.dumps(self.finished, indent=1))
 
@@ -52,7 +56,10 @@ class Record:
             )
         for name, options in evaluations.items():
             if name in self.finished:
-                found += differences({name: self.finished[name]["options"]}, {name: options})
+                done = self.finished[name]
+                found += differences({name: done["options"]}, {name: options}) + differences(
+                    {f"{name}: held-out data": done["held_out"]}, {f"{name}: held-out data": self.held_out}
+                )
         return [f"{self.run}: {change}" for change in found]
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -60,7 +67,7 @@ class Record:
         try:
             finished = json.loads(self.path.read_text(encoding="utf-8"))
             for stage, entry in finished.items():
-                for key in keys.get(stage, ("seconds", "options", "metrics")):
+                for key in keys.get(stage, ("seconds", "options", "held_out", "metrics")):
                     _ = entry[key]
         except (ValueError, AttributeError, LookupError, TypeError) as error:
             raise UserError(
@@ -69,21 +76,26 @@ class Record:
         return finished
 
 
-def read_records(plan: Plan, output: Path, data: dict[str, Any]) -> list[Record]:
+def read_records(plan: Plan, output: Path, data: Index, held_out: Index | None) -> list[Record]:
     """The record of each of a plan's runs.
 
     Raises:
-        UserError: a run was finished with other settings than it has now; or a record cannot be read.
+        UserError: a run was finished with other settings or images than it has now; or a record cannot be read.
     """
-    records = [Record(run, output, data) for run in plan.runs]
+    others = None if held_out is None else _identity(held_out)
+    records = [Record(run, output, _identity(data), others) for run in plan.runs]
     changes = [change for record in records for change in record.changes(plan.evaluations)]
     if changes:
         raise listing(
-            f"{plan.source}: {output} holds runs that were finished with other settings; name another --output, or "
-            "delete the folder of a run to have it run anew",
+            f"{plan.source}: {output} holds runs that were finished with other settings or images; name another "
+            "--output, or delete the folder of a run to have it run anew",
             changes,
         )
     return records
+
+
+def _identity(index: Index) -> dict[str, Any]:
+    return {"images": len(index), "digest": index.digest}
 
 
 def names_in(output: Path, plan: Plan) -> set[str]:

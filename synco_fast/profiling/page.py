@@ -14,7 +14,7 @@ def page(result: dict[str, Any], output: Path) -> str:
     """The page of a profile, `result` being what `profile.json` holds."""
     about = result["about"]
     config = about["config"]
-    html = PAGE.substitute(
+    return PAGE.substitute(
         title=escaped(f"Profile: {METHODS[config['method']]}, {config['model']['arch']}"),
         subtitle=escaped(f"{about['source']} in {output}, started {about['started']}"),
         facts=fact_list(_facts(result)),
@@ -22,7 +22,6 @@ def page(result: dict[str, Any], output: Path) -> str:
         environment=_environment(about, result["speed"]),
         config=escaped(config_text.to_yaml(config)),
     )
-    return html.encode("utf-8", "replace").decode()  # names of files are bytes, which may stand for no character
 
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from synco_fast.engine.distributed import Processes
 from synco_fast.engine.run import check, find_data, joined
 from synco_fast.engine.speed import Speed, choose_algorithms
 from synco_fast.errors import UserError
+from synco_fast.evaluation.report import write_page
 from synco_fast.files import check_folder, make_folder, write_atomically, write_text_atomically
 from synco_fast.machine import device_name
 from synco_fast.ops import HardNegatives
@@ -259,7 +260,7 @@ def _write(output: Path, result: dict[str, Any], traced: Traced) -> None:
     make_folder(output)
     write_atomically(output / "trace.json.gz", lambda file: file.write(traced.file))
     write_text_atomically(output / "profile.json", json.dumps(result, indent=1, allow_nan=False))
-    write_text_atomically(output / "report.html", page(result, output))
+    write_page(output / "report.html", page(result, output))
 
 
 class _Say:

@@ -110,8 +110,8 @@ class Raising:
     def __init__(self, error: Exception, *, of_settings: bool) -> None:
         self.error, self.of_settings = error, of_settings
 
-    def merge_from_file(self, file: str) -> None:
-        assert file == "voc.yaml"
+    def merge_from_file(self, file: str, allow_unsafe: bool = True) -> None:
+        assert file == "voc.yaml" and not allow_unsafe, "a configuration is read as plain values"
         if not self.of_settings:
             raise self.error
 

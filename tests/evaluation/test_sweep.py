@@ -1,47 +1,29 @@
-"""Sweeps: what a file means, and real processes that are stopped, killed and fail, against the commands one by one."""
+"""Sweeps: real processes that are stopped, killed and fail, against the commands one by one."""
 
 import fcntl
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
-from synco_fast import config
-from synco_fast.evaluation import sweep_page, sweep_run
-from synco_fast.evaluation.sweep import Flags, arguments, read_plan
+from synco_fast.engine import checkpoints
+from synco_fast.evaluation import sweep_run
 from synco_fast.evaluation.sweep_state import alone
-from synco_fast.ops import KINDS
 from tests.command import call, check_error, check_refused_there, contents
-from tests.conftest import REPOSITORY, SYNCO_FAST, TINY, environment
+from tests.conftest import SYNCO_FAST, environment
 from tests.engine.runs import differences, final_state, rows
+from tests.evaluation.probes import result_of
+from tests.evaluation.sweeps import write_sweep
 from tests.page import check_self_contained, read
-
-COMMANDS: dict[str, Flags] = {
-    "knn": {"k": False, "temperature": False},
-    "linear": {"cached": True, "epochs": False},
-}
-HOSTILE = """"'></pre></title></style><script>alert(1)</script><img src=x onerror=alert(2)>&amp;$title ${x}|"""
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A base configuration of a twentieth of a second a step."""
-    path = tmp_path / "small.yaml"
-    path.write_text(TINY.replace("arch: resnet18", "arch: resnet10_narrow"))
-    return path
-
-
-def write_sweep(path: Path, **settings: Any) -> Path:
-    path.write_text(yaml.safe_dump({"config": "small.yaml", "seeds": [0], **settings}, sort_keys=False))
-    return path
 
 
 def results(output: Path) -> Any:
@@ -171,6 +153,7 @@ def test_stopped_killed_and_gone_on(small: Path, images: Path, tmp_path: Path) -
     check_self_contained(output / "report.html")
 
     check_changes_of_the_file(file, images, output)
+    check_changes_of_the_images(file, images, output, tmp_path / "images")
 
 
 def check_changes_of_the_file(file: Path, images: Path, output: Path) -> None:
@@ -197,6 +180,62 @@ def check_changes_of_the_file(file: Path, images: Path, output: Path) -> None:
     assert done.out == (output / "table.md").read_text()
     assert [line.split()[1] for line in done.out.splitlines()[2:]] == ["long", "lr=0.1"]
     assert "begins" not in done.err and stages(output) == finished_before
+
+
+def check_changes_of_the_images(file: Path, images: Path, output: Path, other: Path) -> None:
+    """Other held-out images alone are refused where an evaluation is finished."""
+    shutil.copytree(images, other)
+    (other / "val" / "class0" / "000.jpg").unlink()
+    before = stages(output)
+    done = call("sweep", file, "--data", other, "--output", output)
+    names = ("long, seed 0: knn: held-out data.images is 19, was 20", "held-out data.digest is", "or images")
+    check_error(done.code, done.err, names)
+    assert ": data.images" not in done.err and stages(output) == before
+
+
+def test_stopped_in_an_evaluation_that_trains(small: Path, images: Path, tmp_path: Path) -> None:
+    """SIGTERM within the linear probe, which goes on from its checkpoint: the result and bits of one left alone."""
+    options = {"epochs": 12, "batch-size": 16, "lr": 0.1}
+    runs = {"a": {"trainer.max_steps": 0}}
+    file, output = write_sweep(tmp_path / "s.yaml", runs=runs, evaluate={"linear": options}), tmp_path / "out"
+    folder = output / "a" / "seed-0"
+    sweep = Sweep(file, images, output)
+    sweep.wait_for("\nstep 12/72 ", folder / "log.txt")
+    sweep.process.send_signal(signal.SIGTERM)
+    assert sweep.process.wait() == 75, sweep.said.read_text()
+    assert "1 of 2 stages are done" in sweep.said.read_text()
+    assert 12 <= checkpoints.read(folder / "linear" / "checkpoints" / "latest.pt")["step"] < 72
+    done = call("sweep", file, "--data", images, "--output", output)
+    assert done.code == 0 and done_in(done.err) == ["a, seed 0: linear"], done.err
+    said = (folder / "log.txt").read_text()
+    assert said.count("synco-fast linear") == 2 and said.count("step 6/72 epoch 1: top-1") == 1
+
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    checkpoint, alone = folder / "checkpoints" / "latest.pt", tmp_path / "alone"
+    assert call("linear", checkpoint, "--data", images, "--output", alone, *words).code == 0
+    assert result_of(folder / "linear") == result_of(alone) and rows(folder / "linear") == rows(alone)
+    assert (folder / "linear" / "head.safetensors").read_bytes() == (alone / "head.safetensors").read_bytes()
+    assert results(output)["rows"][0]["metrics"]["linear.top1"] == result_of(alone)["metrics"]["top1"]
+
+
+def test_names_that_are_not_utf8(small: Path, images: Path, tmp_path: Path) -> None:
+    """They stand in the command that the page shows, which is UTF-8 all the same; the result has them as they are."""
+    data, name = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"s\xe9")
+    shutil.copytree(images, data)
+    runs = {"a": {"trainer.max_steps": 0}}
+    file, output = write_sweep(name.with_suffix(".yaml"), runs=runs, evaluate={"knn": {}}), tmp_path / "out"
+    done = call("sweep", file, "--data", data, "--output", output)
+    assert done.code == 0, done.err
+    check_self_contained(output / "report.html")
+    text = read(output / "report.html").text
+    assert "/caf?" in text and "Sweep s?" in text
+    assert str(data) in results(output)["about"]["command"] and results(output)["stages"] == {"done": 2, "of": 2}
+
+    checkpoint = output / "a" / "seed-0" / "checkpoints" / "latest.pt"
+    for words in (("sweep", file), ("linear", checkpoint, "--batch-size", "50")):
+        done = call(*words, "--data", data, "--output", name)
+        check_error(done.code, done.err, (str(name), "names in UTF-8 only"))
+        assert not (name / "metrics.jsonl").exists()
 
 
 def test_a_run_that_fails(small: Path, images: Path, tmp_path: Path) -> None:
@@ -244,109 +283,6 @@ def test_children_of_a_killed_sweep_are_waited_for(tmp_path: Path) -> None:
         assert len(said) == 1
 
 
-def test_a_grid_is_every_combination(small: Path, tmp_path: Path) -> None:
-    grid: dict[str, list[Any]] = {
-        "loss.temperature": [0.1, 1],
-        "optim.milestones": [[1, 2]],
-        "data.recipe": ["moco_v1", "moco_v2"],
-        "optim.clip_norm": [None],
-    }
-    plan = read_plan(write_sweep(tmp_path / "s.yaml", seeds=[7, 3], grid=grid), {})
-    rest = "optim.milestones=1,2 data.recipe=moco_v{} optim.clip_norm=null"
-    names = [f"loss.temperature={t} {rest.format(version)}" for t in ("0.1", "1") for version in (1, 2)]
-    assert [(run.name, run.seed) for run in plan.runs] == [(name, seed) for name in names for seed in (7, 3)]
-    run = plan.runs[2]
-    expected = config.load(small, ["loss.temperature=0.1", "optim.milestones=[1, 2]", "data.recipe=moco_v2", "seed=7"])
-    assert run.config == expected
-    assert run.overrides == {key: values[-1] if key == "data.recipe" else values[0] for key, values in grid.items()}
-
-
-def test_overrides_are_those_of_set(small: Path, tmp_path: Path) -> None:
-    """A key changes one value, a section all of them; and no run changes another's."""
-    runs = {
-        "one": {"negatives.mixed": 0, "method": "synco"},
-        "section": {"method": "moco", "negatives": {}},
-        "base": {},
-    }
-    plan = read_plan(write_sweep(tmp_path / "s.yaml", runs=runs), {})
-    loads = [["negatives.mixed=0"], ["method=moco", "negatives={}"], []]
-    assert [run.config for run in plan.runs] == [config.load(small, overrides) for overrides in loads]
-
-
-def test_options_become_words() -> None:
-    options = {"k": [20, 200], "temperature": 0.07, "cached": True, "device": "cpu", "lr": [1e-5, 10]}
-    words = ["--k", "20,200", "--temperature", "0.07", "--cached", "--device", "cpu", "--lr", "1e-05,10"]
-    assert arguments(options) == words
-
-
-@pytest.mark.parametrize("name", ["cifar10_methods", "kinds"])
-def test_shipped_sweeps(name: str) -> None:
-    plan = read_plan(REPOSITORY / "configs" / "sweeps" / f"{name}.yaml", COMMANDS)
-    configs = {run.name: run.config for run in plan.runs}
-    kinds = {name: {kind for kind in KINDS if getattr(run.negatives, kind)} for name, run in configs.items()}
-    assert plan.stages == ["pretrain", "knn", "linear"]
-    if name == "kinds":
-        alone, without = {kind: {kind} for kind in KINDS}, {f"no {kind}": set(KINDS) - {kind} for kind in KINDS}
-        assert kinds == {"all": set(KINDS), "none": set(), **alone, **without}
-        return
-    assert len(plan.runs) == 12
-    every = set(KINDS)
-    assert kinds == {"random": every, "moco": set(), "mochi": {"mixed", "interpolated"}, "synco": every}
-    assert {name: run.method for name, run in configs.items()} == {name: name for name in kinds} | {"random": "synco"}
-    assert [name for name, run in configs.items() if run.trainer.max_steps is not None] == ["random"]
-
-
-BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "no runs": ({"runs": None}, ("neither of runs and grid",)),
-    "both": ({"grid": {"seed": [1]}}, ("both of runs and grid",)),
-    "no base": ({"config": "gone.yaml"}, ("gone.yaml", "No such file")),
-    "empty runs": ({"runs": {}}, ("runs: is empty",)),
-    "empty grid": ({"runs": None, "grid": {}}, ("grid: is empty",)),
-    "empty values": ({"runs": None, "grid": {"optim.lr": []}}, ("grid.optim.lr: is empty",)),
-    "values twice": ({"runs": None, "grid": {"optim.lr": [1, 1]}}, ("two combinations", "optim.lr=1")),
-    "unknown key": ({"seed": [1]}, ("seed = [1]: no such key", "did you mean seeds?")),
-    "no seeds": ({"seeds": []}, ("seeds = []", "at least 1 item")),
-    "seeds twice": ({"seeds": [0, 1, 0]}, ("seeds: 0 is given twice",)),
-    "a seed below 0": ({"seeds": [-1]}, ("seeds.0 = -1",)),
-    "a seed of text": ({"seeds": ["1"]}, ("seeds.0 = '1'",)),
-    "a run of nothing": ({"runs": {"a": None}}, ("runs.a = None",)),
-    "unknown evaluation": ({"evaluate": {"knm": {}}}, ("evaluate.knm: no such evaluation", "did you mean knn?")),
-    "pretrain": ({"evaluate": {"pretrain": {}}}, ("evaluate.pretrain: no such evaluation", "there are knn")),
-    "unknown option": ({"evaluate": {"knn": {"temprature": 1}}}, ("--temprature", "did you mean temperature?")),
-    "an option of the sweep": ({"evaluate": {"knn": {"output": "x"}}}, ("knn has no option --output for a sweep",)),
-    "a value for a value": ({"evaluate": {"knn": {"k": True}}}, ("evaluate.knn.k = True", "expected a number")),
-    "not finite": ({"evaluate": {"knn": {"k": float("nan")}}}, ("evaluate.knn.k = nan", "expected a number")),
-    "an empty list": ({"evaluate": {"knn": {"k": []}}}, ("evaluate.knn.k = []",)),
-    "a name with a slash": ({"runs": {"../a": {}}}, ("run '../a'", "a folder's")),
-    "a name of dots": ({"runs": {"..": {}}}, ("run '..'", "a folder's")),
-    "a name too long": ({"runs": {"n" * 201: {}}}, ("at most 200",)),
-    "the name of a file": ({"runs": {"result.json": {}}}, ("run 'result.json'", "choose another")),
-    "seed of a run": ({"runs": {"a": {"seed": 3}}}, ("a: seed: is set by the sweep's seeds",)),
-    "output of a run": ({"runs": {"a": {"output": "x"}}}, ("a: output: is set by the sweep's --output",)),
-    "data of a run": ({"runs": {"a": {"data": {"root": "x"}}}}, ("a: data.root: is set by the sweep's --data",)),
-    "a section of nothing": ({"runs": {"a": {"seed": {}}}}, ("a: seed: is set by the sweep's seeds",)),
-    "below a value": ({"runs": {"a": {"seed.x": 1}}}, ("a: seed: is set by the sweep's seeds",)),
-    "an empty key": ({"runs": {"a": {"optim.": 1}}}, ("a: 'optim.': expected a key",)),
-    "refused by the schema": (
-        {"runs": {"good": {}, "bad": {"optim.lr": -1, "loss.temprature": 1}, "worse": {"queue.size": 17}}},
-        ("bad: optim.lr = -1", "bad: loss.temprature = 1: no such key", "worse: queue.size = 17: must be a multiple"),
-    ),
-    "not here": ({"runs": {"a": {"speed.cuda_graph": True}}}, ("a: speed.cuda_graph = true: needs a GPU",)),
-    "more than a process": ({"runs": {"a": {"bn.mode": "shuffle"}}}, ("a: bn.mode = shuffle: needs 2",)),
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_sweeps(kind: str, small: Path, images: Path, tmp_path: Path) -> None:
-    """Refused before anything is written or started."""
-    changes, names = BAD[kind]
-    settings = {"runs": {"a": {}}} | changes
-    file = write_sweep(tmp_path / "s.yaml", **{key: value for key, value in settings.items() if value is not None})
-    done = call("sweep", file, "--data", images, "--output", tmp_path / "out")
-    check_error(done.code, done.err, names)
-    assert done.code == 1 and not (tmp_path / "out").exists()
-
-
 def test_bad_places(small: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_sweep(tmp_path / "s.yaml", runs={"a": {}}, evaluate={"knn": {}})
     check_refused_there(
@@ -378,66 +314,6 @@ def test_each_job_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep_run.devices() == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3")
     assert sweep_run.devices() == ["5", "GPU-3"]
-
-
-def made_up(names: list[str], seeds: int, values: np.ndarray) -> list[dict[str, Any]]:
-    return [
-        {"run": name, "seed": seed, "overrides": {}, "metrics": {"knn.accuracy": float(values[i, seed])}}
-        for i, name in enumerate(names)
-        for seed in range(seeds)
-    ]
-
-
-def test_mean_and_deviation() -> None:
-    """Against numpy; the bound is a few roundings of sums of numbers below 1."""
-    values = np.random.default_rng(0).random((2, 5))
-    found = made_up(["a", "b"], 5, values)
-    found[0]["metrics"]["linear.top1"] = 0.25
-    for i, row in enumerate(sweep_page.summary(found)):
-        metric = row["metrics"]["knn.accuracy"]
-        assert metric["n"] == 5
-        assert abs(metric["mean"] - values[i].mean()) < 1e-15
-        assert abs(metric["deviation"] - values[i].std(ddof=1)) < 1e-15
-    assert sweep_page.summary(found)[0]["metrics"]["linear.top1"] == {"mean": 0.25, "deviation": None, "n": 1}
-
-
-def test_table_and_page(tmp_path: Path) -> None:
-    """Hostile names too, that no sweep would take."""
-    found = made_up(["a", HOSTILE], 2, np.array([[0.5, 0.51], [0.125, 0.125]]))
-    found[0]["metrics"]["linear.top1"] = 0.25
-    about = {"command": HOSTILE, "started": HOSTILE, "torch": HOSTILE}
-    result = {"rows": found, "summary": sweep_page.summary(found), "settings": {"runs": {HOSTILE: {}}}}
-    result |= {"about": about, "stages": {"done": 3, "of": 4}}
-    table = sweep_page.table(result).splitlines()
-    assert table[:3] == [
-        "| run | knn.accuracy | linear.top1 |",
-        "| --- | --- | --- |",
-        "| a | 50.50 ± 0.71 (2) | 25.00 (1) |",
-    ]
-    assert table[3].endswith("&#124; | 12.50 ± 0.00 (2) | - |")
-    (tmp_path / "report.html").write_text(sweep_page.page(result, HOSTILE), encoding="utf-8")
-    check_self_contained(tmp_path / "report.html")
-    page = read(tmp_path / "report.html")
-    assert page.text.count(HOSTILE) >= 6 and "50.50 ± 0.71 (2)" in page.text and "3 of 4" in page.text
-    labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
-    assert labels == ["knn.accuracy of each run, by seed", "linear.top1 of each run, by seed"]
-    assert sweep_page.page(result, HOSTILE) == (tmp_path / "report.html").read_text(encoding="utf-8")
-
-
-def test_dots_stand_where_their_numbers_are() -> None:
-    """A run's mean lies between its dots, in the same row."""
-    found = made_up(["a", "b"], 2, np.array([[0.2, 0.4], [0.6, 0.6]]))
-    svg = sweep_page.dots({"rows": found, "summary": sweep_page.summary(found)}, "knn.accuracy")
-    groups = re.findall(r'<g id="PathCollection_\d">(.*?)\n   </g>', svg, re.DOTALL)
-    means, seeds = (
-        [(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="(.+?)" y="(.+?)"', g)] for g in groups[:2]
-    )
-    assert len(means) == 2 and len(seeds) == 4
-    # Numbers are written with 6 decimals.
-    assert means[0] == pytest.approx(np.mean(seeds[:2], axis=0), abs=1e-5)
-    assert means[1] == pytest.approx(seeds[2], abs=1e-5) and seeds[2] == seeds[3]
-    assert seeds[0][0] < seeds[1][0] < seeds[2][0]
-    assert seeds[0][1] == seeds[1][1] < seeds[2][1]
 
 
 @pytest.mark.slow
