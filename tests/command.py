@@ -34,6 +34,7 @@ def call(*arguments: object) -> Finished:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr("sys.argv", ["synco-fast", *map(str, arguments)])
         patch.setenv("COLUMNS", str(_SCREEN[1]))
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that it starts
         with pytest.raises(SystemExit) as exit_:
             main()
     torch.set_num_threads(threads)
