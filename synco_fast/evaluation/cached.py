@@ -103,7 +103,7 @@ class Regression:
         self.bias = torch.zeros(classes, dtype=torch.float64, device=device, requires_grad=True)
 
     def sweep(self, kept: Tensor, on_fit: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
-        """Fit roughly to the rows kept (n,) with each of `PENALTIES`: accuracies on the others. Ends at the best one."""
+        """Fit roughly to the rows kept (n,) with each of `PENALTIES`: accuracies on the others. Ends at the best."""
         rows, best, solution = [], -1.0, (self.weight, self.bias)
         for l2 in PENALTIES:
             solved = self.fit(l2, kept.float(), _ROUGHLY)
