@@ -16,8 +16,46 @@ from synco_fast.files import read_json_lines, write_text_atomically
 from synco_fast.ops import HardNegatives, InfoNCE, stat_names
 
 
-class Meter:
+class Means:
     """Means over the steps since the last reading, kept on the device.
+
+    Args:
+        names: of what each step gives. device: where it is.
+
+    Attributes:
+        sums: (len(names),) over those steps, of this process.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)
+        self._steps = 0
+
+    def add(self, values: Tensor) -> None:
+        """Add a step's metrics, on the device. That it was a step, `count` says: a CUDA graph runs no Python."""
+        self.sums += values
+
+    def count(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float | None]:
+        """The means over all processes since the last call. Waits for the device."""
+        means = reduce_mean(self.sums / max(self._steps, 1)).tolist()
+        self.sums.zero_()
+        self._steps = 0
+        return named(self.names, means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mean over the processes of their sums; all of them call it, and all of them load it."""
+        return {"sums": reduce_mean(self.sums).clone(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums.copy_(state["sums"])
+        self._steps = state["steps"]
+
+
+class Meter(Means):
+    """The means of pretraining's metrics.
 
     Attributes:
         names: loss, gradient_norm and the op's statistics; those that a step without synthetic negatives lacks are 0
@@ -25,12 +63,10 @@ class Meter:
     """
 
     def __init__(self, hard: HardNegatives, device: torch.device) -> None:
-        self.names = ("loss", "gradient_norm", *stat_names(hard))
-        self._sums = torch.zeros(len(self.names), device=device)
+        super().__init__(("loss", "gradient_norm", *stat_names(hard)), device)
         self._missing = {
             name: torch.tensor(math.nan if name == "hard_similarity" else 0.0, device=device) for name in self.names
         }
-        self._steps = 0
 
     def values(self, results: list[InfoNCE], gradient_norm: Tensor) -> Tensor:
         """One step's metrics (len(names),), the mean over its micro-batches."""
@@ -45,28 +81,6 @@ class Meter:
             for result in results
         ]
         return torch.stack(rows).mean(dim=0)
-
-    def add(self, values: Tensor) -> None:
-        """Add a step's metrics, on the device. That it was a step, `count` says: a CUDA graph runs no Python."""
-        self._sums += values
-
-    def count(self) -> None:
-        self._steps += 1
-
-    def read(self) -> dict[str, float | None]:
-        """The means over all processes since the last call. Waits for the device."""
-        means = reduce_mean(self._sums / max(self._steps, 1)).tolist()
-        self._sums.zero_()
-        self._steps = 0
-        return named(self.names, means)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The mean over the processes of their sums; all of them call it, and all of them load it."""
-        return {"sums": reduce_mean(self._sums).clone(), "steps": self._steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums.copy_(state["sums"])
-        self._steps = state["steps"]
 
 
 def named(names: tuple[str, ...], values: list[float]) -> dict[str, float | None]:

@@ -14,8 +14,8 @@ from synco_fast.data.index import Index
 from synco_fast.data.loader import Batch, TrainLoader
 from synco_fast.data.recipes import SUPERVISED
 from synco_fast.engine import optim
-from synco_fast.engine.distributed import gather_numbers, reduce_mean, reduce_sum
-from synco_fast.engine.metrics import named
+from synco_fast.engine.distributed import gather_numbers, reduce_sum
+from synco_fast.engine.metrics import Means
 from synco_fast.engine.probe import evaluation_loader
 from synco_fast.engine.run import loader_place
 from synco_fast.engine.schedules import learning_rate
@@ -148,7 +148,7 @@ class Training:
         )
         self.step = 0
         self.accuracies: list[dict[str, float]] = []
-        self._tally = Tally(self.processes.device)
+        self._means = Means(("loss", "acc1", "acc5"), self.processes.device)
         self._bad: list[int] = []  # held-out samples, in this process's share
         place = {} if saved is None else loader_place(saved["loader"], self.processes, journal.path, len(index))
         self.loader = self._loader(place)
@@ -209,7 +209,8 @@ class Training:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._tally.add(loss.detach(), right(logits.detach(), labels) / len(labels))
+        self._means.add(torch.cat([loss.detach().view(1), right(logits.detach(), labels) / len(labels)]))
+        self._means.count()
         self.step += 1
 
     def state(self) -> dict[str, Any]:
@@ -221,7 +222,7 @@ class Training:
             "loader": {"epoch": self.loader.epoch, "step": self.loader.step, "skipped": skipped},
             "model": self.model.learnt().state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "tally": self._tally.state_dict(),
+            "means": self._means.state_dict(),
             "accuracies": self.accuracies,
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None},
         }
@@ -232,7 +233,7 @@ class Training:
             self.model.learnt().load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             optim.check_momentum(self.optimizer)
-            self._tally.load_state_dict(state["tally"])
+            self._means.load_state_dict(state["means"])
             torch.set_rng_state(state["rng"]["cpu"])
             if state["rng"]["cuda"] is not None and self.processes.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng"]["cuda"])
@@ -284,7 +285,7 @@ class Training:
 
     def _train_row(self, clock: Clock) -> dict[str, Any]:
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        row = self._row("train") | dict(zip(self.protocol.rates, rates, strict=True)) | self._tally.read()
+        row = self._row("train") | dict(zip(self.protocol.rates, rates, strict=True)) | self._means.read()
         if self.session.data.on_corrupt == "skip":
             skipped = gather_numbers(self.loader.bad.found, self.processes.device)
             row["skipped"] = len({sample for part in skipped for sample in part})
@@ -295,43 +296,13 @@ class Training:
     def _stop_if_not_finite(self) -> None:
         """A step's loss, and what its update made of the weights, which its loss does not see. Waits for the device."""
         norms = torch.stack(torch._foreach_norm(list(self.model.learnt().parameters())))
-        if not bool(reduce_sum(self._tally.sums).isfinite().all() & norms.isfinite().all()):
+        if not bool(reduce_sum(self._means.sums).isfinite().all() & norms.isfinite().all()):
             given = " ".join(f"--{name.replace('_', '-')} {rate:g}" for name, rate in self.protocol.rates.items())
             raise UserError(
                 f"the loss or the weights are not finite at step {self.journal.step} (epoch "
                 f"{(self.step - 1) // self.steps_per_epoch + 1}) with {given}: start anew in another --output with a "
                 f"lower rate"
             )
-
-
-class Tally:
-    """Means of loss and accuracies over the steps since the last reading, kept on the device."""
-
-    names = ("loss", "acc1", "acc5")
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(self.names), device=device)
-        self._steps = 0
-
-    def add(self, loss: Tensor, accuracies: Tensor) -> None:
-        """A step's loss, (), and accuracies (2,)."""
-        self.sums += torch.cat([loss.view(1), accuracies])
-        self._steps += 1
-
-    def read(self) -> dict[str, float | None]:
-        """The means over all processes since the last call. Waits for the device."""
-        means = reduce_mean(self.sums / max(self._steps, 1)).tolist()
-        self.sums.zero_()
-        self._steps = 0
-        return named(self.names, means)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The mean over the processes of their sums; all of them call it, and all of them load it."""
-        return {"sums": reduce_mean(self.sums).clone(), "steps": self._steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self._steps = state["steps"]
 
 
 def right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def test_stopped_killed_and_resumed(weights: Path, images: Path, tmp_path: Path)
     code, said = signalled(process(arguments), "step 50/200", signal.SIGTERM, pause=0.2)
     assert code == 75 and "--resume auto" in said and "Traceback" not in said, said
     stopped = state_of(output)
-    assert 50 < stopped["step"] < 100 and stopped["training"]["tally"]["steps"] == stopped["step"] - 50
+    assert 50 < stopped["step"] < 100 and stopped["training"]["means"]["steps"] == stopped["step"] - 50
     assert not (output / "result.json").exists()
     code, said = signalled(process(arguments), "step 100/200 epoch 1: top-1", signal.SIGKILL)
     assert code == -signal.SIGKILL and state_of(output)["step"] in (100, stopped["step"]), said
