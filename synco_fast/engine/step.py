@@ -16,7 +16,7 @@ from synco_fast.engine.guard import NonFiniteGuard
 from synco_fast.engine.metrics import Meter
 from synco_fast.engine.speed import Speed
 from synco_fast.methods import MomentumContrast
-from synco_fast.models.shuffle import all_gather_rows
+from synco_fast.models.shuffle import Gathering
 from synco_fast.ops import HardNegatives
 from synco_fast.stages import stage
 
@@ -38,7 +38,11 @@ class TrainStep:
         # The wrapper averages gradients; names in checkpoints are those of the module inside.
         self.model: nn.Module = contrast
         if processes.world_size > 1:
-            self.model = DistributedDataParallel(contrast, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # A step that averages gradients with its last micro-batch only is not the static graph that torch expects.
+            whole = config.trainer.accumulate == 1
+            self.model = DistributedDataParallel(
+                contrast, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=whole
+            )
         self.meter = Meter(config.negatives.hard(), processes.device)
         self.guard = NonFiniteGuard(len(self.meter.names), processes.device)
         self._parameters = list(contrast.query_encoder.parameters())
@@ -68,7 +72,7 @@ class TrainStep:
         """All of a step that is the device's work: what a CUDA graph can hold. Inputs: two views, perhaps labels."""
         with stage("momentum update"):
             self.contrast.update_keys(self.config.model.momentum)
-        results, keys = [], []
+        results, keys, gathered = [], [], []
         micro_batches = list(zip(*(rows.chunk(self.config.trainer.accumulate) for rows in inputs), strict=True))
         row = self.processes.rank * len(inputs[0])
         for i, (query_view, key_view, *labels) in enumerate(micro_batches):
@@ -76,11 +80,13 @@ class TrainStep:
                 with self._precision():
                     query_images, key_images = self._images(query_view), self._images(key_view)
                     contrast = self.model(query_images, key_images, hard, self._step, row, i, *labels)
+                keys.append(contrast.keys)
+                if len(keys) == len(micro_batches):  # while the gradients are computed
+                    gathered = [Gathering(rows) for rows in (torch.cat(keys), *inputs[2:])]
                 with stage("backward"):
                     (contrast.result.loss / len(micro_batches)).backward()
             row += len(query_view)
             results.append(contrast.result)
-            keys.append(contrast.keys)
 
         with stage("metrics"):
             norm = self._gradient_norm()
@@ -92,8 +98,8 @@ class TrainStep:
             for parameter in self._parameters:
                 parameter.grad = None
         with stage("enqueue"):
-            labels_of_all = [all_gather_rows(rows) for rows in inputs[2:]]
-            self.contrast.queue.enqueue(all_gather_rows(torch.cat(keys)), self.guard.skip, *labels_of_all)
+            keys_of_all, *labels_of_all = (rows.rows() for rows in gathered)
+            self.contrast.queue.enqueue(keys_of_all, self.guard.skip, *labels_of_all)
 
     def _gradient_norm(self) -> Tensor:
         """Of all gradients, before they are clipped as configured."""

@@ -5,11 +5,14 @@ MoCo shuffles the keys over processes. On one process the same is had by splitti
 (`SplitBatchNorm2d`) and shuffling the keys over those.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
-from synco_fast.errors import UserError
 from synco_fast.ops.philox import philox
 
 
@@ -60,33 +63,58 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return normal if images.is_contiguous(memory_format=torch.channels_last) else normal.contiguous()
 
 
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose training statistics are those of all processes, which have as many samples each, on any device."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(images)
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        processes = dist.get_world_size()
+        variance, mean = torch.var_mean(images.float(), dim=(0, 2, 3), correction=0)
+        mean_of_all = all_reduce(mean) / processes
+        variance_of_all = all_reduce(variance + (mean - mean_of_all) ** 2) / processes
+        pixels = images.numel() // images.shape[1] * processes
+        self.running_mean.lerp_(mean_of_all.detach(), self.momentum)
+        self.running_var.lerp_(variance_of_all.detach() * (pixels / (pixels - 1)), self.momentum)
+        scale = self.weight * (variance_of_all + self.eps).rsqrt()
+        shift = self.bias - mean_of_all * scale
+        return (images * scale[:, None, None] + shift[:, None, None]).to(images.dtype)
+
+
 def use_split_batch_norm(module: nn.Module, group_size: int) -> None:
     """Replace every BatchNorm2d in place; parameters start as they were."""
-    for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
-            split = SplitBatchNorm2d(child.num_features, group_size)
-            split.load_state_dict(child.state_dict())
-            setattr(module, name, split)
-        else:
-            use_split_batch_norm(child, group_size)
+    _replace(module, lambda features: SplitBatchNorm2d(features, group_size))
 
 
 def use_sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with batch norm over all processes.
-
-    Raises:
-        UserError: torch's SyncBatchNorm runs on GPUs only.
-    """
-    if device.type != "cuda":
-        raise UserError(f"bn.mode = sync: torch's SyncBatchNorm needs GPUs, and this run is on {device.type}")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    """The module with batch norm over all processes: torch's where that runs, on GPUs."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    _replace(module, SyncBatchNorm2d)
+    return module
 
 
-def key_permutation(samples: int, seed: int, step: Tensor, micro_batch: int) -> Tensor:
-    """A random permutation (samples,) int64 as a function of (seed, step, micro_batch), made on the step's device.
+def _replace(module: nn.Module, make: Callable[[int], nn.BatchNorm2d]) -> None:
+    """Put other layers, made for a number of features, in the places of every BatchNorm2d."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            layer = make(child.num_features)
+            layer.load_state_dict(child.state_dict())
+            setattr(module, name, layer)
+        else:
+            _replace(child, make)
 
-    It is the same on every process, so that they can shuffle their samples together.
+
+def key_permutation(samples: int, seed: int, step: Tensor, micro_batch: int, first: int = 0) -> Tensor:
+    """A random permutation (samples,) int64 as a function of (seed, step, micro_batch, first), made on the step's device.
+
+    Args:
+        first: number of the first sample in the whole batch, where processes shuffle differently.
     """
     # The third counter word sets these draws apart from the op's, whose kinds are below 6.
-    words = philox(seed, torch.arange(samples, device=step.device), micro_batch, 0xFF, step)
+    rows = torch.arange(first, first + samples, device=step.device)
+    words = philox(seed, rows, micro_batch, 0xFF, step)
     return torch.argsort((words[0] << 31) ^ words[1], stable=True)
