@@ -232,7 +232,7 @@ class Training:
             self.step, self.accuracies = state["step"], state["accuracies"]
             self.model.learnt().load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            optim.check_momentum(self.optimizer)
+            optim.fit_momentum(self.optimizer)
             self._means.load_state_dict(state["means"])
             torch.set_rng_state(state["rng"]["cpu"])
             if state["rng"]["cuda"] is not None and self.processes.device.type == "cuda":
