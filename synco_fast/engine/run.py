@@ -187,7 +187,7 @@ def build_loader(config: Config, processes: Processes, index: Index, place: dict
     )
 
 
-def loader_place(saved: dict[str, Any], processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
+def loader_place(saved: Any, processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
     """Place and skipped samples of this process's loader. With another number of processes, all know all of them.
 
     Raises:
