@@ -211,7 +211,7 @@ def semisup(
     ] = None,
     lr_backbone: Annotated[
         str, typer.Option(metavar="LR[,LR...]", help="Of the backbone.", callback=_RATES)
-    ] = "0.01,0.02,0.05",
+    ] = "0.005,0.01,0.02,0.05,0.1",
     lr_head: Annotated[
         str, typer.Option(metavar="LR[,LR...]", help="Of the linear layer. Each pair is tried.", callback=_RATES)
     ] = "0.5",

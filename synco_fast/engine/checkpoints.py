@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in one file that is whole or absent."""
 
 import io
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,13 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from error
     except Exception as error:  # whatever the damage happens to run into; torch's text advises to run what is inside
-        raise UserError(
-            f"{path}: not a readable checkpoint: it is damaged, cut short, or holds more than tensors and plain values"
-        ) from error
+        refused = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
+        if refused:
+            raise UserError(
+                f"{path}: holds more than tensors and plain values, a {refused[1]} among them, which is not run here; "
+                f"where you trust the file, load it with PyTorch and save its state_dict alone"
+            ) from error
+        raise UserError(f"{path}: not a readable checkpoint: it is damaged or cut short") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint: it holds a {type(state).__name__}, expected a dict of tensors")
     return state

@@ -27,7 +27,8 @@ class Foreign:
 
     Attributes:
         epochs: completed. model: state of `MomentumContrast`.
-        momentum: of the query encoder's parameters, by the names that `Encoder` gives them; empty: there is none.
+        momentum: of the query encoder's parameters, by the names that `Encoder` gives them; empty: there is none that
+            this run's optimizer could use.
     """
 
     epochs: int
@@ -51,7 +52,7 @@ class Foreign:
             f"and negatives drawn by this run's seed, for theirs is not in the file"
         ]
         if not self.momentum:
-            lines.append(f"{path}: no momentum for this optimizer in it, which starts from 0")
+            lines.append(f"{path}: momentum starts from 0: none is in it that this optimizer could use")
         if "queue.labels" in self.model:
             lines.append(
                 f"{path}: no classes of its queue's rows in it; until the queue has been filled anew, the class oracle "
@@ -94,8 +95,11 @@ def _read(content: Mapping[str, Any], config: Config) -> Foreign:
     wrong = [name for name, value in model.items() if not bool(value.isfinite().all())]
     if wrong:
         raise UserError(f"cannot resume, {wrong[0]} of it is not finite")
-    momentum = _momentum(content.get("optimizer"), tensors, query, key) if config.optim.momentum else {}
-    return Foreign(content["epoch"], model, {_our_name(name): value for name, value in momentum.items()})
+    # LARS sums gradients that it has scaled, and MoCo's SGD has not.
+    kept = config.optim.momentum > 0 and config.optim.name == "sgd"
+    momentum = _momentum(content.get("optimizer"), tensors, query, key) if kept else {}
+    momentum = {_our_name(name): value for name, value in momentum.items()}
+    return Foreign(content["epoch"], model, momentum)
 
 
 def _pair(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, str]:

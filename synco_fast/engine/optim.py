@@ -56,15 +56,22 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float, on_device: Tensor | No
         group["lr"] = lr if on_device is None else on_device
 
 
-def check_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Compare shapes after a state was loaded: torch does not, and a fused step would write past their end.
+def fit_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Have momentum that was loaded lie in memory as its parameter does.
+
+    A fused step goes through both in the order of memory, without a look at shapes or strides; a file's are those of
+    whoever wrote it.
 
     Raises:
         ValueError: momentum does not fit its parameter.
     """
     for parameter, kept in optimizer.state.items():
-        if kept["momentum_buffer"] is not None and kept["momentum_buffer"].shape != parameter.shape:
-            raise ValueError(f"momentum of shape {list(kept['momentum_buffer'].shape)} for {list(parameter.shape)}")
+        momentum = kept["momentum_buffer"]
+        if momentum is None:
+            continue
+        if momentum.shape != parameter.shape:
+            raise ValueError(f"momentum of shape {list(momentum.shape)} for {list(parameter.shape)}")
+        kept["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
 
 
 def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:

@@ -187,7 +187,7 @@ def build_loader(config: Config, processes: Processes, index: Index, place: dict
     )
 
 
-def loader_place(saved: dict[str, Any], processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
+def loader_place(saved: Any, processes: Processes, path: Path | None, samples: int) -> dict[str, Any]:
     """Place and skipped samples of this process's loader. With another number of processes, all know all of them.
 
     Raises:
@@ -270,7 +270,7 @@ def _begun(trainer: Trainer, theirs: foreign.Foreign, path: Path) -> dict[str, A
 def _load_state(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
     try:
         trainer.load_state(state)
-        optim.check_momentum(trainer.train_step.optimizer)
+        optim.fit_momentum(trainer.train_step.optimizer)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: cannot resume, its state does not fit this model: {reason}") from error

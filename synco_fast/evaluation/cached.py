@@ -75,7 +75,7 @@ def cached(request: Request, *, seed: int) -> dict[str, Any]:
             session.say(f"not converged: gradient {solved['gradient']:.1e} after {solved['iterations']} iterations")
         session.say(f"L2 penalty {best['l2']:g}, chosen on held-back training images; {request.output / RESULT}")
         return session.write(
-            {"top1": top1, "top5": top5},
+            {"cached_top1": top1, "cached_top5": top5},
             {"seed": seed, "penalties": list(PENALTIES), "held_back": HELD_BACK},
             protocol="cached",
             label=LABEL,
@@ -222,14 +222,15 @@ def _features(
     loader = evaluation_loader(session.data, session.processes, index)
     loader.bad.on_skip = progress.warn
     features, labels = torch.empty(len(index), width), torch.empty(len(index), dtype=torch.int64)
-    done = 0
+    done, finite = 0, torch.ones((), dtype=torch.bool, device=session.processes.device)
     for some, truth in features_of(backbone, loader, device=session.processes.device, bf16=session.bf16):
+        finite &= some.isfinite().all()
         features[done : done + len(some)], labels[done : done + len(some)] = some, truth
         done += len(some)
         progress.advance(len(some))
     if done == 0:
         raise UserError(f"none of the {len(index)} images in {index.root} can be used")
-    if not bool(features[:done].isfinite().all()):
+    if not bool(finite):
         raise UserError(f"{session.request.checkpoint}: features of {index.root} are not finite; its weights are bad")
     return features[:done], labels[:done]
 

@@ -150,7 +150,7 @@ class Training:
         self.accuracies: list[dict[str, float]] = []
         self._means = Means(("loss", "acc1", "acc5"), self.processes.device)
         self._bad: list[int] = []  # held-out samples, in this process's share
-        place = {} if saved is None else loader_place(saved["loader"], self.processes, journal.path, len(index))
+        place = {} if saved is None else loader_place(saved.get("loader"), self.processes, journal.path, len(index))
         self.loader = self._loader(place)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = protocol.epochs * self.steps_per_epoch
@@ -203,7 +203,7 @@ class Training:
         factor = self.protocol.factor(self.step // self.steps_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.protocol.rates.values(), strict=True):
             group["lr"] = rate * factor
-        labels = _labels(self.index)[batch.samples].to(self.processes.device, non_blocking=True)
+        labels = self.loader.labels(batch.samples).to(self.processes.device, non_blocking=True)
         logits = self._forward(batch.views[0])
         loss = F.cross_entropy(logits, labels)
         loss.backward()
@@ -232,12 +232,12 @@ class Training:
             self.step, self.accuracies = state["step"], state["accuracies"]
             self.model.learnt().load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            optim.check_momentum(self.optimizer)
+            optim.fit_momentum(self.optimizer)
             self._means.load_state_dict(state["means"])
             torch.set_rng_state(state["rng"]["cpu"])
             if state["rng"]["cuda"] is not None and self.processes.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng"]["cuda"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{self.journal.path}: cannot resume, its state does not fit: {reason}") from error
 
@@ -321,8 +321,3 @@ def check_batch(batch_size: int, images: int, session: Session, what: str) -> No
         raise UserError(f"--batch-size {batch_size}: must be a multiple of {session.processes.world_size} processes")
     if batch_size > images:
         raise UserError(f"--batch-size {batch_size}: {what} has {images} images; lower it to at most {images}")
-
-
-def _labels(index: Index) -> Tensor:
-    assert index.labels is not None
-    return index.labels

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import yaml
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from synco_fast import __version__
 from synco_fast.errors import EXIT_ERROR, UserError
-from synco_fast.evaluation.session import write_result
+from synco_fast.evaluation.session import RESULT, write_result
 from synco_fast.files import sha256
 
 _FILLED = ("backbone.", "roi_heads.res5.")
@@ -32,17 +33,29 @@ def main() -> None:
         from detectron2.engine import default_argument_parser, launch
 
         args = default_argument_parser(epilog=__doc__).parse_args()
-        _configured(args)  # errors of which each process would tell with a traceback of its own
+        _check_output(_configured(args), args)  # errors of which each process would tell with a traceback of its own
         launch(
-            run,
+            _run_or_tell,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
             args=(args,),
         )
-    except UserError as error:
+    except (UserError, ProcessExitedException) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+def _run_or_tell(args: argparse.Namespace) -> None:
+    """`run` in one of the processes, where an error of the user's is told by the first of them, without a traceback."""
+    from detectron2.utils import comm
+
+    try:
+        run(args)
+    except UserError as error:
+        if comm.is_main_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_ERROR)
 
 
@@ -162,6 +175,13 @@ def _configured(args: argparse.Namespace) -> Any:
             f"--format detectron2` and give MODEL.WEIGHTS OUT.pkl"
         )
     return cfg
+
+
+def _check_output(cfg: Any, args: argparse.Namespace) -> None:
+    """Refuse to replace another run's result."""
+    result = Path(cfg.OUTPUT_DIR) / RESULT
+    if result.exists() and not (args.resume or args.eval_only):
+        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: holds a {RESULT} already; give OUTPUT_DIR another folder")
 
 
 def merge(cfg: Any, file: str, settings: Sequence[str]) -> None:

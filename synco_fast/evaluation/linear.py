@@ -61,10 +61,10 @@ def linear(
         session.say(f"linear probe: top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after epoch {epochs}")
         session.say(f"best top-1 {top1:.2%} after epoch {best + 1}; {request.output / RESULT}")
         return session.write(
-            {**last, "best_top1": top1},
+            last,
             settings,
             protocol="probe",
-            best_epoch=best + 1,
+            best={"epoch": best + 1, "top1": top1},
             epochs=training.accuracies,
         )
 
@@ -98,7 +98,7 @@ def checked(epochs: int, lr: float, milestones: Sequence[int] | None) -> list[in
     if not 0 < lr < math.inf:
         raise UserError(f"--lr {lr:g}: expected a number above 0")
     if milestones is None:
-        return sorted({epochs * share // 5 for share in (3, 4)} - {0})
+        return [epoch for epoch in (epochs * 3 // 5, epochs * 4 // 5) if epoch > 0]  # of 2 epochs, both are the second
     if list(milestones) != sorted(set(milestones)) or milestones[-1] >= epochs:
         text = ",".join(map(str, milestones))
         raise UserError(f"--milestones {text}: must ascend without repeats, and be below --epochs {epochs}")

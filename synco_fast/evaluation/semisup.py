@@ -1,4 +1,4 @@
-"""`synco-fast semisup`: fine-tuning on a labelled subset, by the protocol of Barlow Twins (arXiv 2103.03230)."""
+"""`synco-fast semisup`: fine-tuning on a labelled subset, as the scripts of SynCo (arXiv 2410.02401) do."""
 
 import io
 import itertools
@@ -21,7 +21,7 @@ from synco_fast.evaluation.subset import check_classes, draw, hold_back, listed_
 from synco_fast.files import write_atomically
 
 EPOCHS = {0.01: 60, 0.1: 30, 1.0: 90}
-"""Of the scripts that published SynCo's numbers come from, by share of the labels."""
+"""Of those scripts, by share of the labels."""
 VALIDATION = 0.2
 """Share of the subset that is held back to choose the rates by."""
 
@@ -77,7 +77,12 @@ def semisup(
         subset = _subset(session, fraction, listed, seed)
         names = listed_names(subset, session.bank) if listed is None else []
         tuning = Tuning(
-            session, protocols, subset, seed, Journal(session, settings | {"subset": subset.digest}, resume)
+            session,
+            protocols,
+            subset,
+            seed,
+            # Each process has batch norm statistics of its own, so over more of them it is another training.
+            Journal(session, settings | {"subset": subset.digest, "processes": session.processes.world_size}, resume),
         )
         with tuning.journal.opened(tuning.total_steps):
             if names and session.processes.is_main:

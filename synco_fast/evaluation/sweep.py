@@ -18,17 +18,23 @@ from synco_fast import config
 from synco_fast.config import Config, PathText, Section
 from synco_fast.config_text import describe, flatten, listing, read_yaml, set_key
 from synco_fast.errors import UserError
+from synco_fast.evaluation.journal import FILES as JOURNAL
 from synco_fast.evaluation.session import RESULT
 from synco_fast.evaluation.sweep_options import Evaluation, as_text, nearest
 
 TABLE, REPORT = "table.md", "report.html"
 OWN_LOCK, CHILDREN_LOCK = "sweep.lock", "children.lock"
+PRETRAIN = "pretrain"
+"""The first stage of each run; the others have the names of evaluations."""
+ASKED, STATE, LOG = "asked.yaml", "stages.json", "log.txt"
+"""What a sweep leaves in the folder of a run beside what its stages do."""
 NOT_OF_A_RUN = {"output": "the sweep's --output", "seed": "the sweep's seeds", "data.root": "the sweep's --data"}
 """Keys that a run may not set, and what sets them."""
 FILES = (RESULT, TABLE, REPORT, OWN_LOCK, CHILDREN_LOCK)
 """What a sweep leaves in its output folder beside the folders of its runs."""
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._=+,@ -]{0,198}[A-Za-z0-9_=+@-])?")
+_TAKEN = {PRETRAIN, ASKED, STATE, LOG, "config.yaml", *JOURNAL}
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._=+,@-]")
 
 
@@ -39,7 +45,7 @@ class _Sweep(Section):
     ]
     runs: dict[str, dict[str, Any]] | None = Field(None, description="overrides of each run, by its name")
     grid: dict[str, list[Any]] | None = Field(None, description="values of keys; every combination is a run")
-    evaluate: dict[str, dict[str, Any]] = Field({}, description="options of evaluations, by command")
+    evaluate: dict[str, dict[str, Any]] = Field({}, description="options of evaluations, by name: a command's, or any")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Plan:
 
     Attributes:
         source: the file. settings: what it says. runs: every name with every seed, in the file's order.
-        evaluations: options by command. words: those of each evaluation's command line, places aside.
+        evaluations: options by name. words: those of each evaluation's command line, the command first, places aside.
     """
 
     source: Path
@@ -81,7 +87,7 @@ class Plan:
     @property
     def stages(self) -> list[str]:
         """What is done for each run, in order."""
-        return ["pretrain", *self.evaluations]
+        return [PRETRAIN, *self.evaluations]
 
 
 def read_plan(path: Path, commands: Mapping[str, Evaluation]) -> Plan:
@@ -106,11 +112,13 @@ def read_plan(path: Path, commands: Mapping[str, Evaluation]) -> Plan:
     if not named and not problems:
         problems.append(f"{'grid' if sweep.runs is None else 'runs'}: is empty; name at least one")
     problems += [problem for name, _ in named for problem in _name_problems(name)]
-    for name, options in sweep.evaluate.items():
-        if name in commands:
-            problems += [f"evaluate.{name}{problem}" for problem in commands[name].problems(options)]
-        else:
-            problems.append(f"evaluate.{name}: no such evaluation{nearest(name, commands)}")
+    words: dict[str, list[str]] = {}
+    for name, given in sweep.evaluate.items():
+        found = list(_evaluation_problems(name, given, commands))
+        problems += found
+        if not found:
+            command, options = _told(name, given)
+            words[name] = [command, *commands[command].words(options)]
     if problems:
         raise _refused(path, problems)
 
@@ -123,7 +131,6 @@ def read_plan(path: Path, commands: Mapping[str, Evaluation]) -> Plan:
     problems += dict.fromkeys(_preparation_problems(runs, sweep.evaluate))
     if problems:
         raise _refused(path, problems)
-    words = {name: commands[name].words(options) for name, options in sweep.evaluate.items()}
     return Plan(path, settings, runs, sweep.evaluate, words)
 
 
@@ -202,6 +209,23 @@ def _name_problems(name: str) -> list[str]:
             "digit first, no dot, comma or space last"
         ]
     return []
+
+
+def _told(name: str, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Command and options of an evaluation."""
+    return given.get("command", name), {key: value for key, value in given.items() if key != "command"}
+
+
+def _evaluation_problems(name: str, given: dict[str, Any], commands: Mapping[str, Evaluation]) -> Iterator[str]:
+    """What is wrong with an evaluation of a sweep's file."""
+    command, options = _told(name, given)
+    if name in _TAKEN or not _NAME.fullmatch(name):
+        yield f"evaluate.{name}: names a folder beside a run's {', '.join(sorted(_TAKEN))}, as a run's name does"
+    elif not isinstance(command, str) or command not in commands:
+        where = f"evaluate.{name}.command = {command!r}" if "command" in given else f"evaluate.{name}"
+        yield f"{where}: no such evaluation{nearest(str(command), commands)}"
+    else:
+        yield from (f"evaluate.{name}{problem}" for problem in commands[command].problems(options))
 
 
 def _preparation_problems(runs: list[Run], evaluations: dict[str, dict[str, Any]]) -> Iterator[str]:

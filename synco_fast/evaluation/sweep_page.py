@@ -15,7 +15,7 @@ from synco_fast.engine.distributed import Processes, choose_device
 from synco_fast.evaluation.charts import BLUE, ORANGE, STYLE, WIDTH, svg
 from synco_fast.evaluation.report import PAGE, escaped, fact_list, section, write_page
 from synco_fast.evaluation.session import about, write_result
-from synco_fast.evaluation.sweep import REPORT, TABLE, Plan
+from synco_fast.evaluation.sweep import PRETRAIN, REPORT, TABLE, Plan
 from synco_fast.evaluation.sweep_state import Record
 from synco_fast.files import write_text_atomically
 
@@ -28,7 +28,7 @@ def write_results(plan: Plan, records: Sequence[Record], output: Path, stages: d
     Args:
         stages: `done` of them, and how many there are, `of`. started: the sweep, this time.
     """
-    rows = [_row(record, plan) for record in records if "pretrain" in record.finished]
+    rows = [_row(record, plan) for record in records if PRETRAIN in record.finished]
     details = about(Processes(0, 1, choose_device("auto")), "", started)
     del details["precision"]  # each run has its own
     result = {
@@ -47,9 +47,9 @@ def write_results(plan: Plan, records: Sequence[Record], output: Path, stages: d
 
 def _row(record: Record, plan: Plan) -> dict[str, Any]:
     metrics = {
-        f"{command}.{name}": value
-        for command in plan.evaluations
-        for name, value in record.finished.get(command, {}).get("metrics", {}).items()
+        f"{evaluation}.{name}": value
+        for evaluation in plan.evaluations
+        for name, value in record.finished.get(evaluation, {}).get("metrics", {}).items()
     }
     return {"run": record.run.name, "seed": record.run.seed, "overrides": record.run.overrides, "metrics": metrics}
 

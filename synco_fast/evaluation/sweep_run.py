@@ -27,9 +27,9 @@ from synco_fast.engine.run import check
 from synco_fast.errors import EXIT_INTERRUPTED, Interrupted, UserError
 from synco_fast.evaluation import sweep_page
 from synco_fast.evaluation.session import RESULT
-from synco_fast.evaluation.sweep import TABLE, Plan, read_plan
+from synco_fast.evaluation.sweep import ASKED, LOG, PRETRAIN, TABLE, Plan, read_plan
 from synco_fast.evaluation.sweep_options import Evaluation
-from synco_fast.evaluation.sweep_state import LOG, Record, alone, names_in, read_records
+from synco_fast.evaluation.sweep_state import Record, alone, names_in, read_records
 from synco_fast.files import check_folder, make_folder, write_text_atomically
 
 _TAIL = 6  # lines of a failed stage's log that are shown
@@ -184,15 +184,16 @@ class _Work:
     def _words(self, record: Record, stage: str) -> list[str]:
         """The command line of a stage."""
         folder = record.folder
-        if stage != "pretrain":
+        if stage != PRETRAIN:
             checkpoint = checkpoints.folder(folder) / checkpoints.LATEST
             places = ["--data", str(self.data), "--output", str(folder / stage)]
-            return [stage, str(checkpoint), *places, *self.plan.words[stage]]
+            command, *options = self.plan.words[stage]
+            return [command, str(checkpoint), *places, *options]
         config = record.run.config
         placed = {"output": str(folder), "data": config.data.model_copy(update={"root": str(self.data)})}
-        file = folder / "config.yaml"  # where the pretraining writes it again
+        file = folder / ASKED  # of what it trains under, once it has checked that it can, it writes config.yaml
         write_text_atomically(file, config.model_copy(update=placed).to_yaml())
-        return ["pretrain", str(file), "--resume", "auto"]
+        return [PRETRAIN, str(file), "--resume", "auto"]
 
     def _ended(self, child: _Child, slot: int) -> None:
         code, record = child.process.returncode, child.record
@@ -217,7 +218,7 @@ class _Work:
 
     def _found(self, child: _Child) -> dict[str, Any]:
         """What a finished evaluation leaves for the table."""
-        if child.stage == "pretrain":
+        if child.stage == PRETRAIN:
             return {}
         path = child.record.folder / child.stage / RESULT
         try:

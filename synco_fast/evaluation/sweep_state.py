@@ -13,10 +13,20 @@ from synco_fast.config import Config
 from synco_fast.config_text import flatten, listing
 from synco_fast.data.index import Index
 from synco_fast.errors import UserError
-from synco_fast.evaluation.sweep import CHILDREN_LOCK, FILES, OWN_LOCK, Plan, Run, differences, recorded
+from synco_fast.evaluation.sweep import (
+    CHILDREN_LOCK,
+    FILES,
+    LOG,
+    OWN_LOCK,
+    PRETRAIN,
+    STATE,
+    Plan,
+    Run,
+    differences,
+    recorded,
+)
 from synco_fast.files import write_text_atomically
 
-STATE, LOG = "stages.json", "log.txt"
 _PATIENCE = 0.2  # seconds between two looks at a lock
 
 
@@ -37,7 +47,7 @@ class Record:
 
     def finish(self, stage: str, seconds: float, **details: Any) -> None:
         """Write down that a stage is finished: it is never done again."""
-        if stage == "pretrain":
+        if stage == PRETRAIN:
             details = {"config": recorded(self.run.config), "data": self.data}
         else:
             details["held_out"] = self.held_out
@@ -47,8 +57,8 @@ class Record:
     def changes(self, evaluations: dict[str, dict[str, Any]]) -> list[str]:
         """How what is finished differs from what is asked for now."""
         found = []
-        if "pretrain" in self.finished:
-            done = self.finished["pretrain"]
+        if PRETRAIN in self.finished:
+            done = self.finished[PRETRAIN]
             # A key that is newer than the record was at its default.
             before = flatten(recorded(Config())) | flatten(done["config"])
             found += differences(before, recorded(self.run.config)) + differences(
@@ -63,7 +73,7 @@ class Record:
         return [f"{self.run}: {change}" for change in found]
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        keys = {"pretrain": ("seconds", "config", "data")}
+        keys = {PRETRAIN: ("seconds", "config", "data")}
         try:
             finished = json.loads(self.path.read_text(encoding="utf-8"))
             for stage, entry in finished.items():

@@ -47,12 +47,13 @@ def as_moco(state: dict[str, Any], *, columns: bool, all_parameters: bool) -> di
     for encoder, name in (("query_encoder", "encoder_q"), ("key_encoder", "encoder_k")):
         for inner in network.state_dict():
             our = f"head.{inner.removeprefix('fc.')}" if inner.startswith("fc.") else f"backbone.{inner}"
-            theirs[f"module.{name}.{inner}"] = model[f"{encoder}.{our}"]
+            theirs[f"module.{name}.{inner}"] = model[f"{encoder}.{our}"].contiguous()
     queue = model["queue.rows"].float()
     theirs["module.queue"] = queue.T.contiguous() if columns else queue
     theirs["module.queue_ptr"] = model["queue.pointer"].reshape(1)
     count = len(list(network.parameters()))
-    momentum = {i: {"momentum_buffer": optimizer["state"][i]["momentum_buffer"].clone()} for i in range(count)}
+    # MoCo's tensors do not lie channels last.
+    momentum = {i: {"momentum_buffer": optimizer["state"][i]["momentum_buffer"].contiguous()} for i in range(count)}
     group = {"lr": 0.03, "momentum": 0.9, "params": list(range(2 * count if all_parameters else count))}
     return {
         "epoch": 1,
@@ -178,8 +179,10 @@ def test_a_square_queue_is_mocos_unless_only_its_rows_are_unit(unit: str, conten
 def test_no_momentum_is_said(content: dict[str, Any], config: Config) -> None:
     for given in (changed(content, "optimizer"), optimizer(content, lambda state: state["state"].clear())):
         found = foreign.read(given, Path("given"), config)
-        assert found.momentum == {} and "no momentum" in found.notes(Path("given"), 7)[1]
+        assert found.momentum == {} and "momentum starts from 0" in found.notes(Path("given"), 7)[1]
     assert len(foreign.read(content, Path("given"), config).notes(Path("given"), 7)) == 1
+    lars = config.model_copy(update={"optim": config.optim.model_copy(update={"name": "lars"})})
+    assert foreign.read(content, Path("given"), lars).momentum == {}
 
 
 def test_a_queue_of_unknown_classes(content: dict[str, Any], config: Config) -> None:

@@ -1,5 +1,7 @@
 """Optimizers against their formulas in float64, and masked steps."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -71,3 +73,32 @@ def test_lars_leaves_a_weight_of_zeros_to_plain_sgd() -> None:
     optimizer = optim.build(Optim(name="lars", lr=0.5), [weight])
     optim.step(optimizer, torch.zeros(()))
     assert torch.equal(weight.detach(), torch.full((2, 2), -0.5))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+@pytest.mark.parametrize(
+    "layouts", list(itertools.permutations((torch.contiguous_format, torch.channels_last))), ids=str
+)
+def test_momentum_of_another_memory_layout(name: str, layouts: tuple[torch.memory_format, torch.memory_format]) -> None:
+    """A state saved with one layout of weights goes on with another as if it had been its own."""
+    settings = Optim(name=name, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    start, *slopes = (torch.randn(4, 3, 3, 3, generator=generator) for _ in range(4))
+
+    def trained(layout: torch.memory_format, value: Tensor) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        weight = nn.Parameter(value.contiguous(memory_format=layout))
+        return weight, optim.build(settings, [weight])
+
+    def step(weight: nn.Parameter, optimizer: torch.optim.Optimizer, slope: Tensor) -> None:
+        weight.grad = torch.empty_like(weight).copy_(slope)
+        optim.step(optimizer, torch.zeros(()))
+
+    weight, optimizer = trained(layouts[0], start)
+    step(weight, optimizer, slopes[0])
+    other, moved = trained(layouts[1], weight.detach())
+    moved.load_state_dict(optimizer.state_dict())
+    optim.fit_momentum(moved)
+    for slope in slopes[1:]:
+        step(weight, optimizer, slope)
+        step(other, moved, slope)
+    torch.testing.assert_close(other.detach(), weight.detach(), rtol=1e-6, atol=1e-6)

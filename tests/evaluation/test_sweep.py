@@ -194,28 +194,32 @@ def check_changes_of_the_images(file: Path, images: Path, output: Path, other: P
 
 
 def test_stopped_in_an_evaluation_that_trains(small: Path, images: Path, tmp_path: Path) -> None:
-    """SIGTERM within the linear probe, which goes on from its checkpoint: the result and bits of one left alone."""
+    """SIGTERM within a linear probe, under a name of its own, which goes on from its checkpoint: the result and bits of
+    one left alone."""
     options = {"epochs": 12, "batch-size": 16, "lr": 0.1}
     runs = {"a": {"trainer.max_steps": 0}}
-    file, output = write_sweep(tmp_path / "s.yaml", runs=runs, evaluate={"linear": options}), tmp_path / "out"
+    file, output = (
+        write_sweep(tmp_path / "s.yaml", runs=runs, evaluate={"probe": {"command": "linear", **options}}),
+        tmp_path / "out",
+    )
     folder = output / "a" / "seed-0"
     sweep = Sweep(file, images, output)
     sweep.wait_for("\nstep 12/72 ", folder / "log.txt")
     sweep.process.send_signal(signal.SIGTERM)
     assert sweep.process.wait() == 75, sweep.said.read_text()
     assert "1 of 2 stages are done" in sweep.said.read_text()
-    assert 12 <= checkpoints.read(folder / "linear" / "checkpoints" / "latest.pt")["step"] < 72
+    assert 12 <= checkpoints.read(folder / "probe" / "checkpoints" / "latest.pt")["step"] < 72
     done = call("sweep", file, "--data", images, "--output", output)
-    assert done.code == 0 and done_in(done.err) == ["a, seed 0: linear"], done.err
+    assert done.code == 0 and done_in(done.err) == ["a, seed 0: probe"], done.err
     said = (folder / "log.txt").read_text()
     assert said.count("synco-fast linear") == 2 and said.count("step 6/72 epoch 1: top-1") == 1
 
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     checkpoint, alone = folder / "checkpoints" / "latest.pt", tmp_path / "alone"
     assert call("linear", checkpoint, "--data", images, "--output", alone, *words).code == 0
-    assert result_of(folder / "linear") == result_of(alone) and rows(folder / "linear") == rows(alone)
-    assert (folder / "linear" / "head.safetensors").read_bytes() == (alone / "head.safetensors").read_bytes()
-    assert results(output)["rows"][0]["metrics"]["linear.top1"] == result_of(alone)["metrics"]["top1"]
+    assert result_of(folder / "probe") == result_of(alone) and rows(folder / "probe") == rows(alone)
+    assert (folder / "probe" / "head.safetensors").read_bytes() == (alone / "head.safetensors").read_bytes()
+    assert results(output)["rows"][0]["metrics"]["probe.top1"] == result_of(alone)["metrics"]["top1"]
 
 
 def test_names_that_are_not_utf8(small: Path, images: Path, tmp_path: Path) -> None:
