@@ -153,6 +153,9 @@ class Trainer(Section):
     max_steps: Count | None = Field(
         None, description="stop after this many steps in all, 0: at the random start; null: after the epochs"
     )
+    max_hours: AboveZero | None = Field(
+        None, description="stop as a signal would, with a checkpoint and exit code 75, after so long; null: no limit"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: the encoders run under autocast")
     accumulate: Positive = Field(1, description="micro-batches of one optimizer step")
@@ -181,11 +184,18 @@ class Speed(Section):
 
 
 class Checkpoint(Section):
-    """When state is written. `latest.pt` is always replaced; an interrupted run writes one too."""
+    """When state is written, beside training, and what stays. `latest.pt` is the newest; a stop writes one, too."""
 
     every_steps: Positive | None = Field(None, description="steps between checkpoints; null: at epoch ends only")
     every_epochs: Positive = Field(1, description="epochs between checkpoints")
+    every_minutes: AboveZero | None = Field(
+        None, description="minutes between checkpoints, written at a logging step; null: by steps and epochs alone"
+    )
     keep_every: Positive = Field(20, description="epochs between the checkpoints that are kept for good")
+    recent: Positive = Field(
+        2, description="of the others, how many of the newest stay: a damaged one has one before it"
+    )
+    recent_hours: NonNegative = Field(0.0, description="younger ones stay, too, however many")
 
 
 class Knn(Section):

@@ -1,9 +1,11 @@
 """Writing files so that a reader never finds half of one, and reading what was appended to until a crash."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,12 +21,48 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: the file cannot be written; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
+
+    def make(temporary: Path) -> None:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+
+    _put(path, make)
+
+
+def symlink(target: str, path: Path) -> None:
+    """Have `path` be a symbolic link to a name in its own folder, in place of what it was.
+
+    Raises:
+        UserError: it cannot be made; what was there before is untouched.
+    """
+    _put(path, lambda temporary: temporary.symlink_to(target))
+
+
+def link(source: Path, path: Path) -> None:
+    """Have `path` be the file `source` under another name, or a copy where the file system has no hard links.
+
+    Raises:
+        UserError: it cannot be made; what was there before is untouched.
+    """
+
+    def make(temporary: Path) -> None:
+        try:
+            temporary.hardlink_to(source)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+                raise
+            shutil.copyfile(source, temporary)
+
+    _put(path, make)
+
+
+def _put(path: Path, make: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        make(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:

@@ -1,8 +1,11 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in one file that is whole or absent."""
 
+import contextlib
 import io
+import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from synco_fast.errors import UserError
 from synco_fast.files import write_atomically
 
 LATEST = "latest.pt"
+"""A link to the newest one."""
+_STEP = re.compile(r"step-(\d+)\.pt")
 _DICTS = ("config", "data", "loader", "model", "optimizer", "meter", "rng")
 _ENTRIES = {"step": int} | dict.fromkeys(_DICTS, dict)
 
@@ -27,6 +32,7 @@ _FREE = {
     "data.prefetch",
     "data.on_corrupt",
     "trainer.max_steps",
+    "trainer.max_hours",
     "trainer.log_every",
     "trainer.deterministic",
     "speed.channels_last",
@@ -40,6 +46,9 @@ _FREE = {
     "knn.temperature",
     "checkpoint.every_steps",
     "checkpoint.every_epochs",
+    "checkpoint.every_minutes",
+    "checkpoint.recent",
+    "checkpoint.recent_hours",
     "checkpoint.keep_every",
 }
 
@@ -48,15 +57,57 @@ def folder(output: Path) -> Path:
     return output / "checkpoints"
 
 
-def save(output: Path, state: dict[str, Any], *, keep_as_epoch: int | None) -> None:
-    """Replace `latest.pt`; with `keep_as_epoch`, keep it under that epoch's name for good, too."""
+def step_name(step: int) -> str:
+    """Of the checkpoint after so many steps."""
+    return f"step-{step:08d}.pt"
+
+
+def step_of(path: Path) -> int | None:
+    """The steps in a checkpoint's name; None: it is named otherwise."""
+    found = _STEP.fullmatch(path.name)
+    return int(found[1]) if found else None
+
+
+def epoch_name(epoch: int) -> str:
+    """Of a checkpoint that is kept for good after so many epochs."""
+    return f"epoch-{epoch:04d}.pt"
+
+
+def write(path: Path, state: Any) -> None:
+    """Write tensors and plain values as torch.save does, atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     # torch.save to a file turns a full disk into an error of its own that says nothing of it.
     content = io.BytesIO()
     torch.save(state, content)
-    # The kept one first: a run killed in between resumes before this step, and keeps it again.
-    names = [LATEST] if keep_as_epoch is None else [f"epoch-{keep_as_epoch:04d}.pt", LATEST]
-    for name in names:
-        write_atomically(folder(output) / name, lambda file: file.write(content.getbuffer()))
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
+def newest(output: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    """The run's newest checkpoint that can be read, and what it holds; None: there is none at all.
+
+    Those before the newest are taken only where that is damaged, and it is told.
+
+    Raises:
+        UserError: about the newest, if none of them can be read.
+    """
+    latest = folder(output) / LATEST
+    if not os.path.lexists(latest):
+        return None
+    try:
+        return latest, read(latest)
+    except UserError as error:
+        last = step_of(Path(os.path.realpath(latest)))
+        steps = {found: path for path in latest.parent.iterdir() if (found := step_of(path)) is not None}
+        before = [steps[step] for step in sorted(steps, reverse=True) if last is None or step < last]
+        for path in [*before, *sorted(latest.parent.glob("epoch-*.pt"), reverse=True)]:
+            with contextlib.suppress(UserError):
+                content = read(path)
+                warn(f"warning: {error}. Going on from the one before, {path}, in its place")
+                return path, content
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Metrics: summed on the device, read at logging steps, written as JSON lines and for TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,36 +114,72 @@ class MetricsLog:
     Args:
         folder: of the run.
         step: rows beyond it belong to work that will be done again, and are dropped.
+        warn: told what cannot be written later.
 
     Raises:
         UserError: they cannot be written there.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], object]) -> None:
         check_place(folder)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_json_lines(self.path) if row["step"] <= step] if self.path.exists() else []
         write_text_atomically(self.path, "".join(map(_line, kept)))
+        self._warn = warn
+        self._rows = b""  # not written yet
+        self._lock = threading.Lock()
         try:
-            self._file = self.path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._file = self.path.open("ab", buffering=0)
+            self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except OSError as error:
             raise UserError(f"{folder}: cannot write metrics there: {error.strerror}") from error
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
-        for name, value in {**row, **row.get("timing", {})}.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        """Add a row. What cannot be written waits for the next, and no checkpoint is written before it."""
+        with self._lock:
+            first = not self._rows
+            self._rows += _line(row).encode()
+            try:
+                self._drain()
+            except OSError as error:
+                if first:
+                    self._warn(f"warning: {self.path}: cannot write it: {error.strerror}; its rows wait in memory")
+        self._draw(row)
 
     def sync(self) -> None:
-        """Have what was written on disk: a checkpoint stands for the rows before it."""
-        os.fsync(self._file.fileno())
+        """Have what was written on disk: a checkpoint stands for the rows before it.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        try:
+            with self._lock:
+                self._drain()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write it: {error.strerror}") from error
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):
+            if self._board is not None:
+                self._board.close()
+
+    def _drain(self) -> None:
+        while self._rows:
+            self._rows = self._rows[self._file.write(self._rows) :]
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        """For TensorBoard, which is done without once it cannot be written: metrics.jsonl has it all."""
+        if self._board is None:
+            return
+        try:
+            for name, value in {**row, **row.get("timing", {})}.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        except OSError as error:
+            self._warn(f"warning: tensorboard/: cannot be written: {error.strerror}; it is left as it is from here on")
+            self._board = None
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -81,10 +81,9 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     speed = check(config, processes)
     index, output = find_data(config, processes), Path(config.output)
     data = {"samples": len(index), "digest": index.digest}
-    path = checkpoint_to_resume(output, resume)
+    path, content = to_go_on_with(output, resume)
     state = theirs = None
     if path is not None:
-        content = checkpoints.read(path)
         if checkpoints.is_ours(content):
             state = checkpoints.checked(content, path)
             checkpoints.check_same_run(state, path, config, data)
@@ -218,24 +217,26 @@ def _probe(config: Config, processes: Processes, index: Index) -> KnnProbe | Non
     return KnnProbe(config.data, processes, index, test, bf16=config.trainer.precision == "bf16")
 
 
-def checkpoint_to_resume(output: Path, resume: str | None, option: str = "--set output=DIR") -> Path | None:
-    """The checkpoint that `--resume` means, or None to start; `option` names another output folder.
+def to_go_on_with(
+    output: Path, resume: str | None, option: str = "--set output=DIR"
+) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that `--resume` means, or None to start, and what it holds; `option` names another output folder.
 
     Raises:
-        UserError: the folder holds a run that would be replaced.
+        UserError: the folder holds a run that would be replaced; or no checkpoint can be read.
     """
     latest = checkpoints.folder(output) / checkpoints.LATEST
     if resume is None:
-        if latest.exists():
+        if os.path.lexists(latest):
             raise UserError(f"{output} already holds a run: go on with --resume auto, or choose another {option}")
-        return None
+        return None, {}
     if resume == "auto":
-        return latest if latest.exists() else None
-    if latest.exists() and Path(resume).resolve().parent != latest.parent.resolve():
+        return checkpoints.newest(output, lambda text: print(text, file=sys.stderr, flush=True)) or (None, {})
+    if os.path.lexists(latest) and Path(resume).resolve().parent != latest.parent.resolve():
         raise UserError(
             f"{output} already holds another run than {resume}, which would replace it; choose another {option}"
         )
-    return Path(resume)
+    return Path(resume), checkpoints.read(Path(resume))
 
 
 def _theirs(content: dict[str, Any], path: Path, config: Config) -> foreign.Foreign:

@@ -1,6 +1,8 @@
-"""Stopping when asked to: by SIGTERM or SIGINT, at the end of a step."""
+"""Stopping at the end of a step: when asked to by a signal, or when the time is up."""
 
+import os
 import signal
+import time
 from types import TracebackType
 from typing import Any
 
@@ -8,20 +10,23 @@ import torch
 
 from synco_fast.engine.distributed import Processes, reduce_max
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-class StopSignal:
-    """Entered, it notes SIGTERM and SIGINT in place of what they did before.
+
+class Stop:
+    """Entered, it notes the signals that schedulers and people send, in place of what they did before.
 
     Args:
         processes: of the run, which must stop at the same step.
+        hours: after so long it is time to stop; None: never.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
+    def __init__(self, processes: Processes, hours: float | None = None) -> None:
+        self._processes, self._hours, self._started = processes, hours, time.monotonic()
         self._number: int | None = None
 
-    def __enter__(self) -> "StopSignal":
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+    def __enter__(self) -> "Stop":
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -30,17 +35,33 @@ class StopSignal:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process has to stop, of itself."""
+        late = self._hours is not None and time.monotonic() - self._started > 3600 * self._hours
+        return self._number is not None or late
+
     def came(self, agree: bool) -> bool:
-        """Whether to stop here. All processes call it; on GPUs several look only to agree, which takes a wait."""
-        if self._processes.world_size == 1:
-            return self._number is not None
-        if not agree and self._processes.device.type == "cuda":
-            return False
-        flag = torch.tensor(float(self._number is not None), device=self._processes.device)
-        return bool(reduce_max(flag))
+        """Whether to stop here, see `agreed`."""
+        return agreed(self._processes, agree, self.asked)[0]
+
+    def tell_launcher(self) -> None:
+        """Have torchrun stop, too, where it would start this process again, and is not what asked to stop."""
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and self._number != signal.SIGTERM:
+            os.kill(os.getppid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
         # A second Ctrl-C means now. A second SIGTERM means nothing: schedulers and torchrun send one each.
         if self._number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._number = number
+
+
+def agreed(processes: Processes, agree: bool, *wishes: bool) -> list[bool]:
+    """Each wish, if any process has it. All processes call it; on GPUs, several look only to agree, and wait for it."""
+    if processes.world_size == 1:
+        return list(wishes)
+    if not agree and processes.device.type == "cuda":
+        return [False] * len(wishes)
+    whole = torch.tensor(wishes, dtype=torch.float32, device=processes.device)
+    return [wish > 0 for wish in reduce_max(whole).tolist()]

@@ -12,6 +12,7 @@ from torch import Tensor
 from synco_fast.config import Config
 from synco_fast.data.loader import Batch, TrainLoader
 from synco_fast.engine import checkpoints
+from synco_fast.engine.agreement import Fingerprint
 from synco_fast.engine.distributed import Processes, gather_numbers, reduce_mean
 from synco_fast.engine.metrics import MetricsLog, named
 from synco_fast.engine.probe import KnnProbe
@@ -19,7 +20,8 @@ from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.schedules import learning_rate
 from synco_fast.engine.speed import Speed
 from synco_fast.engine.step import TrainStep
-from synco_fast.engine.stopping import StopSignal
+from synco_fast.engine.stopping import Stop, agreed
+from synco_fast.engine.writer import CheckpointWriter
 from synco_fast.errors import Interrupted, UserError
 from synco_fast.files import write_text_atomically
 from synco_fast.machine import memory_beside_pytorch
@@ -61,18 +63,29 @@ class Trainer:
         self.step = 0
         # Epoch and samples of each step that the guard was not asked about.
         self._unchecked: dict[int, tuple[int, Tensor]] = {}
-        self._stop = StopSignal(processes)
+        self._stop = Stop(processes, config.trainer.max_hours)
         self._metrics: MetricsLog | None = None
+        self._writer: CheckpointWriter | None = None
+        self._fingerprint = Fingerprint(contrast)
+        self._saved_at = time.monotonic()
 
     def run(self) -> None:
         """Train to the end.
 
         Raises:
-            Interrupted: by SIGTERM or SIGINT, after the step was finished and a checkpoint written.
-            UserError: the loss or a gradient was not finite.
+            Interrupted: by a signal or trainer.max_hours, after the step was finished and a checkpoint written.
+            UserError: the loss or a gradient was not finite, or the last checkpoint could not be written.
         """
-        self._metrics = MetricsLog(self.output, self.step) if self.processes.is_main else None
         progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
+        if self.processes.is_main:
+            self._metrics = MetricsLog(self.output, self.step, progress.warn)
+            self._writer = CheckpointWriter(
+                checkpoints.folder(self.output),
+                recent=self.config.checkpoint.recent,
+                hours=self.config.checkpoint.recent_hours,
+                before=self._metrics.sync,
+                warn=progress.warn,
+            )
         if self.step >= self.total_steps:
             progress.say(f"nothing to do: step {self.step} of {self.total_steps} is done")
         self.loader.bad.on_skip = progress.warn
@@ -81,9 +94,12 @@ class Trainer:
         try:
             with self._stop:
                 self._loop(progress)
+                self._finish()
         finally:
             progress.close()
             self.loader.close()
+            if self._writer is not None:
+                self._writer.wait()
             if self._metrics is not None:
                 self._metrics.close()
 
@@ -106,6 +122,7 @@ class Trainer:
             logging = self.step % self.config.trainer.log_every == 0 or last
             if logging:
                 self._stop_if_not_finite()
+                self._fingerprint.check(self.step, self.processes)
                 row = self._train_row(batch.epoch, clock)
                 self._report(row, progress)
             if self._knn_due(epoch, inside, last):
@@ -113,11 +130,13 @@ class Trainer:
                 self.loader.close()  # what it holds is for evaluation to use; it opens again where it was
                 self._report(self._knn_row(batch.epoch, self.probe), progress)
                 clock.restart()
-            interrupted = not last and self._stop.came(agree=logging)
-            if self._checkpoint_due(epoch, inside, last) or interrupted:
+            stop, due = agreed(self.processes, logging, self._stop.asked, logging and self._minutes_are_over())
+            if self._checkpoint_due(epoch, inside, last) or stop or due:
                 self.save(keep_as_epoch=self._epoch_to_keep(epoch, inside, last))
-            if interrupted:
-                raise Interrupted(f"stopped by a signal after step {self.step}; go on with --resume auto")
+            if stop and not last:
+                self._finish()
+                self._stop.tell_launcher()
+                raise Interrupted(f"stopped after step {self.step}; go on with --resume auto")
 
     def take_step(self, batch: Batch) -> None:
         """One optimizer step on a batch."""
@@ -156,14 +175,24 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
 
     def save(self, *, keep_as_epoch: int | None = None) -> None:
-        """Write a checkpoint of a sound state; all processes call it, the main one writes."""
+        """Begin to write a checkpoint of a sound state; all processes call it, the main one writes."""
         self._stop_if_not_finite()
         self._stop_if_weights_overflowed()
+        self._fingerprint.check(self.step, self.processes)
         state = self.state()
-        if self._metrics is not None:
-            self._metrics.sync()
-            checkpoints.save(self.output, state, keep_as_epoch=keep_as_epoch)
+        if self._writer is not None:
+            self._writer.save(state, keep_as_epoch=keep_as_epoch)
+        self._saved_at = time.monotonic()
+
+    def _finish(self) -> None:
+        """Wait until the last checkpoint is written; all processes call it."""
+        if self._writer is not None:
+            self._writer.finish()
         self.processes.barrier()
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return self.processes.is_main and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
     def _learning_rate(self) -> float:
         epoch, inside = divmod(self.step, self.steps_per_epoch)

@@ -7,8 +7,8 @@ from synco_fast.config_text import listing
 from synco_fast.engine import checkpoints
 from synco_fast.engine.metrics import MetricsLog
 from synco_fast.engine.progress import TrainingProgress
-from synco_fast.engine.run import checkpoint_to_resume
-from synco_fast.engine.stopping import StopSignal
+from synco_fast.engine.run import to_go_on_with
+from synco_fast.engine.stopping import Stop
 from synco_fast.errors import UserError
 from synco_fast.evaluation.session import Session
 from synco_fast.files import make_folder
@@ -40,13 +40,13 @@ class Journal:
         self.processes, self.output = session.processes, session.request.output
         self.finished: list[dict[str, Any]] = []
         self.step = 0
-        self.path = checkpoint_to_resume(self.output, resume, "--output DIR")
+        self.path, content = to_go_on_with(self.output, resume, "--output DIR")
         self._command, self._run = session.command, _identity(session, settings)
         self._saved: dict[str, Any] | None = None
         if self.path is not None:
-            state = self._checked(checkpoints.read(self.path))
+            state = self._checked(content)
             self.finished, self.step, self._saved = state["finished"], state["step"], state["training"]
-        self._stop = StopSignal(session.processes)
+        self._stop = Stop(session.processes)
         self._metrics: MetricsLog | None = None
         self._progress: TrainingProgress | None = None
         self._total = 0
@@ -66,8 +66,8 @@ class Journal:
         if main:
             make_folder(checkpoints.folder(self.output))
         self.processes.barrier()
-        self._metrics = MetricsLog(self.output, self.step) if main else None
         self._progress = TrainingProgress(self._total, self.step, quiet=not main)
+        self._metrics = MetricsLog(self.output, self.step, self._progress.warn) if main else None
         if self.step >= self._total:
             self._progress.say(f"nothing to do: step {self.step} of {self._total} is done")
         self._stop.__enter__()
@@ -115,11 +115,11 @@ class Journal:
                 "step": self.step,
                 "training": training,
             }
-            checkpoints.save(self.output, state, keep_as_epoch=None)
+            checkpoints.write(checkpoints.folder(self.output) / checkpoints.LATEST, state)
         self.processes.barrier()
 
     def interrupted(self, agree: bool) -> bool:
-        """Whether to stop here, see `StopSignal.came`."""
+        """Whether to stop here, see `Stop.came`."""
         return self._stop.came(agree)
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:

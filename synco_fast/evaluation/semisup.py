@@ -1,24 +1,22 @@
 """`synco-fast semisup`: fine-tuning on a labelled subset, as the scripts of SynCo (arXiv 2410.02401) do."""
 
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from synco_fast.data import operator
 from synco_fast.data.index import Index
 from synco_fast.data.order import steps_per_epoch
+from synco_fast.engine import checkpoints
 from synco_fast.errors import UserError
 from synco_fast.evaluation.classifier import Protocol, Training, check_batch
 from synco_fast.evaluation.journal import FILES, Journal
 from synco_fast.evaluation.session import RESULT, Request, Session, opened
 from synco_fast.evaluation.subset import check_classes, draw, hold_back, listed_names, named_by, write_names
-from synco_fast.files import write_atomically
 
 EPOCHS = {0.01: 60, 0.1: 30, 1.0: 90}
 """Of those scripts, by share of the labels."""
@@ -165,9 +163,7 @@ class Tuning:
 def write_backbone(path: Path, backbone: nn.Module) -> None:
     """Write a backbone's weights by torchvision's names, as `load_weights` reads them."""
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_atomically(path, lambda file: file.write(content.getbuffer()))
+    checkpoints.write(path, state)
 
 
 def _subset(session: Session, fraction: float, listed: Path | None, seed: int) -> Index:

@@ -64,7 +64,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose training statistics are those of all processes, which have as many samples each, on any device."""
+    """Batch norm whose training statistics are those of all processes, of as many samples each; on any device."""
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
@@ -109,7 +109,7 @@ def _replace(module: nn.Module, make: Callable[[int], nn.BatchNorm2d]) -> None:
 
 
 def key_permutation(samples: int, seed: int, step: Tensor, micro_batch: int, first: int = 0) -> Tensor:
-    """A random permutation (samples,) int64 as a function of (seed, step, micro_batch, first), made on the step's device.
+    """A random permutation (samples,) int64, a function of (seed, step, micro_batch, first), made on the step's device.
 
     Args:
         first: number of the first sample in the whole batch, where processes shuffle differently.

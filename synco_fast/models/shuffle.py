@@ -56,9 +56,9 @@ def encode_shuffled(encode: Encode, images: Tensor, seed: int, step: Tensor, mic
 def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, step: Tensor, micro_batch: int) -> Tensor:
     """Keys of images shuffled over all processes (MoCo, section 3.3), back in their order and place.
 
-    Every process deals its images, in an order of its own, out to all processes in equal shares. So a key's batch is made
-    of all processes' images alike, only what changes place is sent, and no process has to wait for its device to know how
-    much. (Of a permutation of the whole batch the shares would be drawn, too.)
+    Every process deals its images, in an order of its own, out to all processes in equal shares. So a key's batch is
+    made of all processes' images alike, only what changes place is sent, and no process has to wait for its device to
+    know how much. (Of a permutation of the whole batch the shares would be drawn, too.)
     """
     samples, processes, rank = len(images), dist.get_world_size(), dist.get_rank()
     given = [_share(samples, processes, rank, other) for other in range(processes)]
