@@ -134,7 +134,10 @@ class Optim(Section):
     """Optimizer and learning rate."""
 
     name: Literal["sgd", "lars"] = Field("sgd", description="optimizer")
-    lr: AboveZero = Field(0.03, description="base learning rate, used as it is: no scaling with the batch")
+    lr: AboveZero = Field(0.03, description="base learning rate, which lr_scaling may scale")
+    lr_scaling: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="none: lr as it is; linear, sqrt: it is for a batch of 256, and grows with data.batch_size"
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of the optimizer")
     weight_decay: NonNegative = Field(1e-4, description="weight decay")
     trust: AboveZero = Field(0.001, description="trust coefficient of LARS")
@@ -144,6 +147,11 @@ class Optim(Section):
     decay: AboveZero = Field(0.1, description="factor at each milestone")
     warmup_epochs: Count = Field(0, description="epochs of linear warm-up of the learning rate")
     clip_norm: AboveZero | None = Field(None, description="largest gradient norm; null: no clipping")
+
+    def scaled(self, batch_size: int) -> "Optim":
+        """With `lr` for batches of that size, over all processes."""
+        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.lr_scaling]
+        return self.model_copy(update={"lr": self.lr * (batch_size / 256) ** power, "lr_scaling": "none"})
 
 
 class Trainer(Section):
@@ -155,6 +163,11 @@ class Trainer(Section):
     )
     max_hours: AboveZero | None = Field(
         None, description="stop as a signal would, with a checkpoint and exit code 75, after so long; null: no limit"
+    )
+    stall_minutes: AboveZero | None = Field(
+        30.0,
+        description="a process that gets no further for so long says where it and the others are, and ends; "
+        "null: it waits for ever",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16: the encoders run under autocast")

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -52,15 +53,40 @@ def choose_device(wanted: str, option: str = "trainer.device =") -> torch.device
     return torch.device("cuda", local_rank)
 
 
-def start(device: torch.device) -> Processes:
-    """Join the process group that torchrun's environment describes; alone without one."""
+def start(device: torch.device, minutes: float | None = None) -> Processes:
+    """Join the process group that torchrun's environment describes; alone without one.
+
+    Args:
+        minutes: how long a collective may take; None: torch's default.
+
+    Raises:
+        UserError: the others were not there.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return Processes(dist.get_rank(), dist.get_world_size(), device)
-    return Processes(0, 1, device)
+    if world_size == 1:
+        return Processes(0, 1, device)
+    timeout = None if minutes is None else timedelta(minutes=minutes)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {os.environ.get('RANK')} of {world_size} cannot join the others at {place} (MASTER_ADDR, "
+            f"MASTER_PORT): {_first_line(error)}"
+        ) from error
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def lost(error: RuntimeError) -> str | None:
+    """In a line, how a collective failed; None: it is no error of one. gloo has no class for it."""
+    failed = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    return _first_line(error) if failed else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
 
 
 def stop() -> None:

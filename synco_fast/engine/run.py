@@ -1,6 +1,8 @@
 """From a configuration to a run: check everything, then build, then write, then train."""
 
 import contextlib
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,14 +11,17 @@ from typing import Any
 
 import torch
 
+from synco_fast import __version__
 from synco_fast.config import DTYPES, Config
 from synco_fast.config_conflicts import check_processes
+from synco_fast.config_text import flatten
 from synco_fast.data import operator
 from synco_fast.data.index import Index, scan
 from synco_fast.data.loader import TrainLoader
 from synco_fast.data.recipes import RECIPES
 from synco_fast.engine import checkpoints, distributed, foreign, optim
 from synco_fast.engine import speed as speeds
+from synco_fast.engine.agreement import check_start
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.probe import KnnProbe, held_out_like
 from synco_fast.engine.trainer import Trainer
@@ -52,7 +57,9 @@ def joined(config: Config) -> Iterator[Processes]:
         f"set speed.recompute to true, or lower queue.size = {config.queue.size}, model.dim = {config.model.dim} or "
         f"data.image_size = {config.data.image_size}"
     )
-    with processes_on(distributed.choose_device(config.trainer.device), advice) as processes:
+    device, stall = distributed.choose_device(config.trainer.device), config.trainer.stall_minutes
+    # A stalled process has said where it is before a collective gives up.
+    with processes_on(device, advice, None if stall is None else 2 * stall) as processes:
         try:
             yield processes
         except RuntimeError as error:
@@ -63,15 +70,23 @@ def joined(config: Config) -> Iterator[Processes]:
 
 
 @contextlib.contextmanager
-def processes_on(device: torch.device, advice: str) -> Iterator[Processes]:
-    """The processes of whatever runs on a device, until its end; `advice` says what to do where memory runs out."""
-    processes = distributed.start(device)
+def processes_on(device: torch.device, advice: str, minutes: float | None = None) -> Iterator[Processes]:
+    """The processes of whatever runs on a device, until its end.
+
+    Args:
+        advice: what to do where memory runs out. minutes: how long a collective may take; None: torch's default.
+    """
+    processes = distributed.start(device, minutes)
     try:
         yield processes
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if _out_of_memory(error):
+            raise UserError(f"out of memory on {device}: {advice}") from error
+        reason = distributed.lost(error)
+        if reason is None:
             raise
-        raise UserError(f"out of memory on {device}: {advice}") from error
+        place = f"rank {processes.rank} of {processes.world_size}"
+        raise UserError(f"{place}: another process was lost, or its answer: {reason}") from error
     finally:
         distributed.stop()
 
@@ -89,6 +104,7 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
             checkpoints.check_same_run(state, path, config, data)
         else:
             theirs = _theirs(content, path, config)
+    check_start(processes, _facts(config, processes, index, content))
 
     speeds.choose_algorithms(processes.device, config.trainer.deterministic)
     contrast = speeds.apply(speed, build_contrast(config, processes))
@@ -105,6 +121,22 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
         _prepare_output(output, config)
     processes.barrier()
     return trainer
+
+
+def _facts(config: Config, processes: Processes, index: Index, content: dict[str, Any]) -> dict[str, str]:
+    """What must be the same for every process of a run."""
+    settings = flatten(config.model_dump())
+    for place in ("output", "data.root"):
+        del settings[place]
+    return {
+        "synco-fast": __version__,
+        "torch": torch.__version__,
+        "device": processes.device.type,
+        "processes on the host": os.environ.get("LOCAL_WORLD_SIZE", "1"),
+        "configuration": hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12],
+        "data set": f"{len(index)} images, digest {index.digest[:12]}",
+        "checkpoint": f"of step {content['step']}" if "step" in content else "none" if not content else "of others",
+    }
 
 
 def check(config: Config, processes: Processes) -> speeds.Speed:

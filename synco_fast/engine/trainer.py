@@ -21,6 +21,7 @@ from synco_fast.engine.schedules import learning_rate
 from synco_fast.engine.speed import Speed
 from synco_fast.engine.step import TrainStep
 from synco_fast.engine.stopping import Stop, agreed
+from synco_fast.engine.watchdog import Watchdog
 from synco_fast.engine.writer import CheckpointWriter
 from synco_fast.errors import Interrupted, UserError
 from synco_fast.files import write_text_atomically
@@ -54,6 +55,7 @@ class Trainer:
         self.contrast, self.loader, self.probe = contrast, loader, probe
         self.train_step = TrainStep(config, processes, contrast, speed)
         self.hard = config.negatives.hard()
+        self._optim = config.optim.scaled(config.data.batch_size)
         # Of an epoch without bad files. Skipped files make the loader's epochs shorter than that, so `batch.epoch`,
         # which decides on warm-up and stands in the rows, may run a little ahead of what the schedule goes by.
         self.steps_per_epoch = loader.steps_per_epoch
@@ -67,6 +69,7 @@ class Trainer:
         self._metrics: MetricsLog | None = None
         self._writer: CheckpointWriter | None = None
         self._fingerprint = Fingerprint(contrast)
+        self._watchdog = Watchdog(processes, config.trainer.stall_minutes)
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -92,7 +95,7 @@ class Trainer:
         if self.probe is not None:
             self.probe.on_skip = progress.warn
         try:
-            with self._stop:
+            with self._stop, self._watchdog:
                 self._loop(progress)
                 self._finish()
         finally:
@@ -109,8 +112,10 @@ class Trainer:
         if self.total_steps == 0 and self.step == 0:
             self.save()
         while self.step < self.total_steps:
+            self._watchdog.at("waiting for data", self.step)
             with clock.waiting():
                 batch = next(self.loader)
+            self._watchdog.at("training", self.step)
             if self.step == first and self.processes.device.type == "cuda":
                 progress.say(f"data.gpu_memory: {memory_beside_pytorch(self.processes.device)}")
             self.take_step(batch)
@@ -127,6 +132,7 @@ class Trainer:
                 self._report(row, progress)
             if self._knn_due(epoch, inside, last):
                 assert self.probe is not None
+                self._watchdog.at("evaluation", self.step)
                 self.loader.close()  # what it holds is for evaluation to use; it opens again where it was
                 self._report(self._knn_row(batch.epoch, self.probe), progress)
                 clock.restart()
@@ -176,6 +182,7 @@ class Trainer:
 
     def save(self, *, keep_as_epoch: int | None = None) -> None:
         """Begin to write a checkpoint of a sound state; all processes call it, the main one writes."""
+        self._watchdog.at("writing a checkpoint", self.step)
         self._stop_if_not_finite()
         self._stop_if_weights_overflowed()
         self._fingerprint.check(self.step, self.processes)
@@ -183,9 +190,11 @@ class Trainer:
         if self._writer is not None:
             self._writer.save(state, keep_as_epoch=keep_as_epoch)
         self._saved_at = time.monotonic()
+        self._watchdog.at("training", self.step)
 
     def _finish(self) -> None:
         """Wait until the last checkpoint is written; all processes call it."""
+        self._watchdog.at("writing a checkpoint", self.step)
         if self._writer is not None:
             self._writer.finish()
         self.processes.barrier()
@@ -196,7 +205,7 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         epoch, inside = divmod(self.step, self.steps_per_epoch)
-        return learning_rate(self.config.optim, self.config.trainer.epochs, epoch, inside, self.steps_per_epoch)
+        return learning_rate(self._optim, self.config.trainer.epochs, epoch, inside, self.steps_per_epoch)
 
     def _report(self, row: dict[str, Any], progress: TrainingProgress) -> None:
         progress.report(row)
@@ -219,6 +228,7 @@ class Trainer:
     def _knn_row(self, epoch: int, probe: KnnProbe) -> dict[str, Any]:
         knn, encoder = self.config.knn, self.contrast.query_encoder
         assert isinstance(encoder, Encoder)
+        probe.on_images = lambda images: self._watchdog.still()
         [accuracy], images = probe.measure(encoder, [(knn.k, knn.temperature)])
         return self._row("knn", epoch) | {"accuracy": accuracy, "k": min(knn.k, images["bank"])} | images
 
