@@ -164,6 +164,9 @@ class Trainer(Section):
     max_hours: AboveZero | None = Field(
         None, description="stop as a signal would, with a checkpoint and exit code 75, after so long; null: no limit"
     )
+    skip_nonfinite: Annotated[int, Field(ge=0, le=10000)] = Field(
+        0, description="steps of a non-finite loss or gradient that a run leaves out and goes on after, in all"
+    )
     stall_minutes: AboveZero | None = Field(
         30.0,
         description="a process that gets no further for so long says where it and the others are, and ends; "

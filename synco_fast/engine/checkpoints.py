@@ -33,6 +33,7 @@ _FREE = {
     "data.on_corrupt",
     "trainer.max_steps",
     "trainer.max_hours",
+    "trainer.skip_nonfinite",
     "trainer.stall_minutes",
     "trainer.log_every",
     "trainer.deterministic",

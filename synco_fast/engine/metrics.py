@@ -32,29 +32,28 @@ class Means:
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self.names = names
         self.sums = torch.zeros(len(names), device=device)
-        self._steps = 0
+        self._steps = torch.zeros((), device=device)  # there, as a CUDA graph runs no Python
 
-    def add(self, values: Tensor) -> None:
-        """Add a step's metrics, on the device. That it was a step, `count` says: a CUDA graph runs no Python."""
-        self.sums += values
-
-    def count(self) -> None:
-        self._steps += 1
+    def add(self, values: Tensor, skip: Tensor | None = None) -> None:
+        """Add a step's metrics; where skip (scalar) is 1, the step does not count."""
+        counts = torch.ones_like(self._steps) if skip is None else 1 - skip
+        self.sums += torch.where(counts > 0, values, 0.0)
+        self._steps += counts
 
     def read(self) -> dict[str, float | None]:
         """The means over all processes since the last call. Waits for the device."""
-        means = reduce_mean(self.sums / max(self._steps, 1)).tolist()
+        means = reduce_mean(self.sums / self._steps).tolist()
         self.sums.zero_()
-        self._steps = 0
+        self._steps.zero_()
         return named(self.names, means)
 
     def state_dict(self) -> dict[str, Any]:
         """The mean over the processes of their sums; all of them call it, and all of them load it."""
-        return {"sums": reduce_mean(self.sums).clone(), "steps": self._steps}
+        return {"sums": reduce_mean(self.sums).clone(), "steps": int(self._steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])
-        self._steps = state["steps"]
+        self._steps.fill_(state["steps"])
 
 
 class Meter(Means):

@@ -44,7 +44,10 @@ class TrainStep:
                 contrast, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=whole
             )
         self.meter = Meter(config.negatives.hard(), processes.device)
-        self.guard = NonFiniteGuard(len(self.meter.names), processes.device)
+        self.guard = NonFiniteGuard(len(self.meter.names), config.trainer.skip_nonfinite, processes.device)
+        # A bad step's forward pass leaves its mark in batch norm's running statistics, too.
+        encoders = (contrast.query_encoder, contrast.key_encoder) if config.trainer.skip_nonfinite else ()
+        self._statistics = [rows for encoder in encoders for rows in encoder.buffers() if rows.is_floating_point()]
         self._parameters = list(contrast.query_encoder.parameters())
         self._channels_last = speed.channels_last
         self._step = torch.zeros((), dtype=torch.int64, device=processes.device)
@@ -66,12 +69,12 @@ class TrainStep:
         self._step.fill_(step)
         optim.set_rate(self.optimizer, lr, self._lr)
         self._run([*views] if labels is None else [*views, labels], hard)
-        self.meter.count()
 
     def _step_on_device(self, inputs: Sequence[Tensor], hard: HardNegatives) -> None:
         """All of a step that is the device's work: what a CUDA graph can hold. Inputs: two views, perhaps labels."""
         with stage("momentum update"):
             self.contrast.update_keys(self.config.model.momentum)
+        statistics = [rows.clone() for rows in self._statistics]
         results, keys, gathered = [], [], []
         micro_batches = list(zip(*(rows.chunk(self.config.trainer.accumulate) for rows in inputs), strict=True))
         row = self.processes.rank * len(inputs[0])
@@ -92,7 +95,9 @@ class TrainStep:
             norm = self._gradient_norm()
             values = self.meter.values(results, norm)
             self.guard.watch(values[0], norm, self._step, values)
-            self.meter.add(values)
+            self.meter.add(values, self.guard.skip)
+            for rows, before in zip(self._statistics, statistics, strict=True):
+                rows.copy_(torch.where(self.guard.skip > 0, before, rows))
         with stage("optimizer"):
             optim.step(self.optimizer, self.guard.skip)
             for parameter in self._parameters:

@@ -13,7 +13,8 @@ from synco_fast.config import Config
 from synco_fast.data.loader import Batch, TrainLoader
 from synco_fast.engine import checkpoints
 from synco_fast.engine.agreement import Fingerprint
-from synco_fast.engine.distributed import Processes, gather_numbers, reduce_mean
+from synco_fast.engine.collapse import alarm, spread_and_rank
+from synco_fast.engine.distributed import Processes, gather_numbers
 from synco_fast.engine.metrics import MetricsLog, named
 from synco_fast.engine.probe import KnnProbe
 from synco_fast.engine.progress import TrainingProgress
@@ -69,6 +70,7 @@ class Trainer:
         self._metrics: MetricsLog | None = None
         self._writer: CheckpointWriter | None = None
         self._fingerprint = Fingerprint(contrast)
+        self._collapsed = False
         self._watchdog = Watchdog(processes, config.trainer.stall_minutes)
         self._saved_at = time.monotonic()
 
@@ -79,7 +81,7 @@ class Trainer:
             Interrupted: by a signal or trainer.max_hours, after the step was finished and a checkpoint written.
             UserError: the loss or a gradient was not finite, or the last checkpoint could not be written.
         """
-        progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
+        self._progress = progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
         if self.processes.is_main:
             self._metrics = MetricsLog(self.output, self.step, progress.warn)
             self._writer = CheckpointWriter(
@@ -96,7 +98,7 @@ class Trainer:
             self.probe.on_skip = progress.warn
         try:
             with self._stop, self._watchdog:
-                self._loop(progress)
+                self._loop()
                 self._finish()
         finally:
             progress.close()
@@ -106,7 +108,7 @@ class Trainer:
             if self._metrics is not None:
                 self._metrics.close()
 
-    def _loop(self, progress: TrainingProgress) -> None:
+    def _loop(self) -> None:
         clock = Clock(self.config.data.batch_size)
         first = self.step
         if self.total_steps == 0 and self.step == 0:
@@ -117,9 +119,9 @@ class Trainer:
                 batch = next(self.loader)
             self._watchdog.at("training", self.step)
             if self.step == first and self.processes.device.type == "cuda":
-                progress.say(f"data.gpu_memory: {memory_beside_pytorch(self.processes.device)}")
+                self._progress.say(f"data.gpu_memory: {memory_beside_pytorch(self.processes.device)}")
             self.take_step(batch)
-            progress.advance(self.step)
+            self._progress.advance(self.step)
             clock.count()
 
             epoch, inside = divmod(self.step, self.steps_per_epoch)
@@ -129,12 +131,13 @@ class Trainer:
                 self._stop_if_not_finite()
                 self._fingerprint.check(self.step, self.processes)
                 row = self._train_row(batch.epoch, clock)
-                self._report(row, progress)
+                self._report(row)
+                self._tell_of_collapse(row)
             if self._knn_due(epoch, inside, last):
                 assert self.probe is not None
                 self._watchdog.at("evaluation", self.step)
                 self.loader.close()  # what it holds is for evaluation to use; it opens again where it was
-                self._report(self._knn_row(batch.epoch, self.probe), progress)
+                self._report(self._knn_row(batch.epoch, self.probe))
                 clock.restart()
             stop, due = agreed(self.processes, logging, self._stop.asked, logging and self._minutes_are_over())
             if self._checkpoint_due(epoch, inside, last) or stop or due:
@@ -167,6 +170,7 @@ class Trainer:
             "model": self.contrast.state_dict(),
             "optimizer": self.train_step.optimizer.state_dict(),
             "meter": self.train_step.meter.state_dict(),
+            "guard": self.train_step.guard.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None},
         }
 
@@ -176,6 +180,7 @@ class Trainer:
         self.contrast.load_state_dict(state["model"])
         self.train_step.optimizer.load_state_dict(state["optimizer"])
         self.train_step.meter.load_state_dict(state["meter"])
+        self.train_step.guard.load_state_dict(state.get("guard", {"count": 0}))  # older ones stop at the first
         torch.set_rng_state(state["rng"]["cpu"])
         if state["rng"]["cuda"] is not None and self.processes.device.type == "cuda":
             torch.cuda.set_rng_state(state["rng"]["cuda"])
@@ -207,10 +212,17 @@ class Trainer:
         epoch, inside = divmod(self.step, self.steps_per_epoch)
         return learning_rate(self._optim, self.config.trainer.epochs, epoch, inside, self.steps_per_epoch)
 
-    def _report(self, row: dict[str, Any], progress: TrainingProgress) -> None:
-        progress.report(row)
+    def _report(self, row: dict[str, Any]) -> None:
+        self._progress.report(row)
         if self._metrics is not None:
             self._metrics.write(row)
+
+    def _tell_of_collapse(self, row: dict[str, Any]) -> None:
+        """Once, when it begins; keys of the first epoch are not judged."""
+        text = alarm(row) if self.step >= self.steps_per_epoch else None
+        if text is not None and not self._collapsed:
+            self._progress.say(text)
+        self._collapsed = text is not None
 
     def _row(self, kind: str, epoch: int) -> dict[str, Any]:
         return {"kind": kind, "step": self.step, "epoch": epoch}
@@ -219,7 +231,9 @@ class Trainer:
         means = self.train_step.meter.read()
         rate = clock.read()
         remaining = (self.total_steps - self.step) * self.config.data.batch_size / rate["images_per_second"]
-        row = self._row("train", epoch) | {"lr": self._lr} | means
+        queue = self.contrast.queue
+        keys = spread_and_rank(queue.rows, queue.pointer, self.step * self.config.data.batch_size)
+        row = self._row("train", epoch) | {"lr": self._lr} | means | keys
         if self.config.data.on_corrupt == "skip":
             skipped = gather_numbers(self.loader.bad.found, self.processes.device)
             row["skipped"] = len({sample for part in skipped for sample in part})
@@ -256,28 +270,28 @@ class Trainer:
             )
 
     def _stop_if_not_finite(self) -> None:
-        guard, meter = self.train_step.guard, self.train_step.meter
-        step = guard.first_bad_step()
-        if step is None:
-            self._unchecked.clear()
-            return
-        values = reduce_mean(guard.values).tolist()
-        epoch, samples = self._unchecked[step]
-        samples = all_gather_rows(samples.to(self.processes.device))
+        """Write down what was found of bad steps since the last look; stop after one too many."""
+        guard = self.train_step.guard
+        for step, values in guard.found():
+            epoch, samples = self._unchecked[step]
+            path = self._write_evidence(step, epoch, values, all_gather_rows(samples.to(self.processes.device)))
+            bad = f"the loss or a gradient was not finite at step {step} (epoch {epoch})"
+            self._progress.say(f"warning: {bad}; {path} has its metrics and image files")
+        self._unchecked.clear()
+        if guard.exhausted:
+            many = "" if guard.limit == 0 else f", after {guard.limit} such steps that were left out"
+            raise UserError(
+                f"{bad}{many}; updates were masked from then on. {path} has that step's metrics and image files. Start "
+                f"anew in another output folder with a lower optim.lr, a higher loss.temperature, or optim.clip_norm"
+            )
+
+    def _write_evidence(self, step: int, epoch: int, values: list[float], samples: Tensor) -> Path:
         path = self.output / f"nonfinite-step-{step}.json"
         if self.processes.is_main:
-            evidence = {
-                "step": step,
-                "epoch": epoch,
-                "metrics": named(meter.names, values),
-                "files": self.loader.files(samples),
-            }
+            metrics = named(self.train_step.meter.names, values)
+            evidence = {"step": step, "epoch": epoch, "metrics": metrics, "files": self.loader.files(samples)}
             write_text_atomically(path, json.dumps(evidence, indent=1))
-        raise UserError(
-            f"the loss or a gradient was not finite at step {step} (epoch {epoch}); updates were masked from then on. "
-            f"{path} has that step's metrics and image files. Start anew in another output folder with a lower "
-            f"optim.lr, a higher loss.temperature, or optim.clip_norm"
-        )
+        return path
 
 
 class Clock:

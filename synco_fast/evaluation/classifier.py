@@ -210,7 +210,6 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._means.add(torch.cat([loss.detach().view(1), right(logits.detach(), labels) / len(labels)]))
-        self._means.count()
         self.step += 1
 
     def state(self) -> dict[str, Any]:
