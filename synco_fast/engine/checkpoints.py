@@ -107,6 +107,8 @@ def newest(output: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str,
         for path in [*before, *sorted(latest.parent.glob("epoch-*.pt"), reverse=True)]:
             with contextlib.suppress(UserError):
                 content = read(path)
+                if last is not None and content.get("step", 0) > last:
+                    continue  # of what was done before the run went back
                 warn(f"warning: {error}. Going on from the one before, {path}, in its place")
                 return path, content
         raise

@@ -1,9 +1,10 @@
-"""Checkpoints are whole or absent, and what is kept stays."""
+"""Checkpoints are whole or absent, what is kept stays, and what cannot be written costs nothing that was."""
 
 import contextlib
+import os
 import resource
-import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,48 @@ import torch
 
 from synco_fast.config import key_paths
 from synco_fast.engine import checkpoints
+from synco_fast.engine.writer import CheckpointWriter
 from synco_fast.errors import UserError
-from tests.command import call, contents
+from synco_fast.files import symlink
+from tests.command import call
+from tests.disks import mounted
 from tests.engine.runs import differences
 
 LIMIT = 200_000
 
 
-def state(numbers: int) -> dict[str, Any]:
+def state(step: int, numbers: int = 10) -> dict[str, Any]:
     """A checkpoint's entries, with a tensor of float32 numbers."""
     entries: dict[str, Any] = {name: {} for name in ("config", "data", "loader", "model", "optimizer", "meter", "rng")}
-    return entries | {"step": 3, "model": {"weight": torch.arange(float(numbers))}}
+    return entries | {"step": step, "model": {"weight": torch.arange(float(numbers)) + step}}
+
+
+class Writer(CheckpointWriter):
+    """Of a folder, with what it has said."""
+
+    def __init__(self, output: Path, *, recent: int = 2, hours: float = 0.0, before: Callable[[], Any] = dict) -> None:
+        self.said: list[str] = []
+        self.folder = checkpoints.folder(output)
+        self.folder.mkdir(exist_ok=True)
+        super().__init__(self.folder, recent=recent, hours=hours, before=before, warn=self.said.append)
+
+    def saved(self, step: int, numbers: int = 10, keep: int | None = None) -> "Writer":
+        self.save(state(step, numbers), keep_as_epoch=keep)
+        self.wait()
+        return self
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
+
+    def latest(self) -> int:
+        return int(checkpoints.load(self.folder / checkpoints.LATEST)["step"])
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of LIMIT bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={LIMIT}", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "disk", LIMIT) as disk:
+        yield disk.folder
 
 
 @contextlib.contextmanager
@@ -50,70 +68,164 @@ def small_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def check_failed_write(output: Path, keep_as_epoch: int | None, reason: str) -> None:
-    """Beyond LIMIT: an error that names file and reason, and the folder as it was."""
-    before = contents(output)
-    failing = "latest.pt" if keep_as_epoch is None else f"epoch-{keep_as_epoch:04d}.pt"
-    with pytest.raises(UserError, match=rf"{failing}: cannot write it: {reason}"):
-        checkpoints.save(output, state(LIMIT), keep_as_epoch=keep_as_epoch)
-    assert contents(output) == before
-    assert differences(checkpoints.load(checkpoints.folder(output) / checkpoints.LATEST), state(10)) == []
+def test_the_newest_stay_and_epochs_for_good(tmp_path: Path) -> None:
+    writer = Writer(tmp_path)
+    for step, keep in ((1, None), (2, 1), (3, None), (4, None)):
+        writer.saved(step, keep=keep)
+    assert writer.names() == {"step-00000003.pt", "step-00000004.pt", "epoch-0001.pt", "latest.pt"}
+    assert writer.latest() == 4 and os.readlink(writer.folder / "latest.pt") == "step-00000004.pt"
+    assert differences(checkpoints.load(writer.folder / "epoch-0001.pt"), state(2)) == []
+    young = Writer(tmp_path, recent=1, hours=1.0).saved(5)
+    assert len(young.names()) == 5
+    os.utime(young.folder / "step-00000003.pt", (0, time.time() - 3700))
+    assert "step-00000003.pt" not in young.saved(6).names() and "step-00000004.pt" in young.names()
 
 
-@pytest.mark.parametrize("keep_as_epoch", [None, 20])
-def test_a_full_disk(keep_as_epoch: int | None, small_disk: Path) -> None:
-    checkpoints.folder(small_disk).mkdir()
-    checkpoints.save(small_disk, state(10), keep_as_epoch=None)
-    check_failed_write(small_disk, keep_as_epoch, "No space left on device")
+def test_one_gone_back_to_is_not_undone_by_later_ones(tmp_path: Path) -> None:
+    """Going on from before them, what a run wrote in its first life neither goes nor counts."""
+    writer = Writer(tmp_path, recent=3)
+    for step in (10, 20, 30):
+        writer.saved(step)
+    Writer(tmp_path, recent=1).saved(12)
+    assert writer.names() == {"step-00000012.pt", "step-00000020.pt", "step-00000030.pt", "latest.pt"}
+    assert writer.latest() == 12
+    (writer.folder / "step-00000012.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"latest\.pt: not a readable checkpoint"):
+        checkpoints.newest(tmp_path, print)
 
 
-@pytest.mark.parametrize("keep_as_epoch", [None, 20])
-def test_a_write_that_fails_half_way(keep_as_epoch: int | None, tmp_path: Path) -> None:
-    checkpoints.folder(tmp_path).mkdir()
-    checkpoints.save(tmp_path, state(10), keep_as_epoch=None)
+def test_a_state_may_change_once_it_is_being_saved(tmp_path: Path) -> None:
+    writer, given = Writer(tmp_path), state(1, 1_000_000)
+    writer.save(given, keep_as_epoch=None)
+    given["model"]["weight"].zero_()
+    writer.finish()
+    assert differences(checkpoints.load(writer.folder / "latest.pt"), state(1, 1_000_000)) == []
+
+
+def check_failed_write(writer: Writer, keep: int | None, reason: str) -> None:
+    """Beyond LIMIT: a warning that names file and reason, the folder as it was, and an error at the end only."""
+    before = {path.name: path.read_bytes() for path in writer.folder.iterdir()}
+    writer.saved(20, LIMIT, keep)
+    assert len(writer.said) == 1 and "the run goes on" in writer.said[0]
+    assert f"step-00000020.pt: cannot write it: {reason}" in writer.said[0]
+    assert {path.name: path.read_bytes() for path in writer.folder.iterdir()} == before and writer.latest() == 10
+    with pytest.raises(UserError, match=reason):
+        writer.finish()
+
+
+@pytest.mark.parametrize("keep", [None, 20])
+def test_a_full_disk(keep: int | None, small_disk: Path) -> None:
+    """And once there is room, the next one is written as if nothing had been."""
+    writer = Writer(small_disk).saved(10)
+    check_failed_write(writer, keep, "No space left on device")
+    writer.saved(30).finish()
+    assert writer.latest() == 30
+
+
+@pytest.mark.parametrize("keep", [None, 20])
+def test_a_write_that_fails_half_way(keep: int | None, tmp_path: Path) -> None:
+    writer = Writer(tmp_path).saved(10)
     with small_files():
-        check_failed_write(tmp_path, keep_as_epoch, "File too large")
+        check_failed_write(writer, keep, "File too large")
 
 
-def test_stopped_between_the_kept_one_and_latest(tmp_path: Path) -> None:
-    """A run that goes on from `latest` comes by this epoch again; the other way round it would be lost."""
-    folder = checkpoints.folder(tmp_path)
-    folder.mkdir()
-    checkpoints.save(tmp_path, state(10), keep_as_epoch=None)
-    in_the_way = folder / ".latest.pt.tmp"
+def test_what_it_stands_for_comes_first(tmp_path: Path) -> None:
+    """Rows that cannot be written: no checkpoint that says that they are."""
+
+    def fail() -> None:
+        raise UserError("metrics.jsonl: cannot write it")
+
+    writer = Writer(tmp_path, before=fail).saved(10)
+    assert writer.names() == set() and "metrics.jsonl: cannot write it" in writer.said[0]
+
+
+@pytest.mark.parametrize("place", ["epoch-0020.pt", "latest.pt"])
+def test_stopped_between_two_names(place: str, tmp_path: Path) -> None:
+    """A run that goes on from `latest` comes by this step again; the other way round the kept one would be lost."""
+    writer = Writer(tmp_path).saved(10)
+    in_the_way = writer.folder / f".{place}.tmp"
     in_the_way.mkdir()
-    with pytest.raises(UserError, match=r"latest\.pt: cannot write it"):
-        checkpoints.save(tmp_path, state(20), keep_as_epoch=20)
-    assert differences(checkpoints.load(folder / "epoch-0020.pt"), state(20)) == []
-    assert differences(checkpoints.load(folder / checkpoints.LATEST), state(10)) == []
+    writer.saved(20, keep=20)
+    assert f"{place}: cannot write it" in writer.said[0] and writer.latest() == 10
     in_the_way.rmdir()
-    checkpoints.save(tmp_path, state(30), keep_as_epoch=20)
-    assert {path.name for path in folder.iterdir()} == {"epoch-0020.pt", "latest.pt"}
-    for name in ("epoch-0020.pt", "latest.pt"):
-        assert differences(checkpoints.load(folder / name), state(30)) == []
+    writer.saved(20, keep=20).finish()
+    assert writer.latest() == 20 and (writer.folder / "epoch-0020.pt").samefile(writer.folder / "latest.pt")
 
 
-def test_kept_epochs(images: Path, tiny: Path, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_swept_away(tmp_path: Path) -> None:
+    writer = Writer(tmp_path).saved(10)
+    (writer.folder / ".step-00000013.pt.tmp").write_bytes(b"half")
+    assert Writer(tmp_path).names() == {"step-00000010.pt", "latest.pt"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "empty"])
+def test_a_damaged_newest_one(damage: str, tmp_path: Path) -> None:
+    """The one before is taken, loudly, and the damaged one stays as it is."""
+    writer = Writer(tmp_path, recent=3)
+    for step in (10, 20, 30):
+        writer.saved(step)
+    newest = writer.folder / "step-00000030.pt"
+    content = newest.read_bytes()
+    where = content.index(state(30)["model"]["weight"].numpy().tobytes())
+    flipped = content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :]
+    newest.write_bytes({"cut": content[:-1], "flipped": flipped, "gone": b"", "empty": b""}[damage])
+    if damage == "gone":
+        newest.unlink()
+    said: list[str] = []
+    found = checkpoints.newest(tmp_path, said.append)
+    assert found is not None and found[0].name == "step-00000020.pt" and found[1]["step"] == 20
+    (text,) = said
+    assert text.startswith("warning: ") and "latest.pt" in text and "step-00000020.pt, in its place" in text
+
+
+def test_kept_epochs_are_gone_back_to_last(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, recent=1).saved(10, keep=1).saved(20, keep=2).saved(30)
+    (writer.folder / "step-00000030.pt").write_bytes(b"")
+    found = checkpoints.newest(tmp_path, print)
+    assert found is not None and found[0].name == "epoch-0002.pt"
+    for name in ("epoch-0002.pt", "epoch-0001.pt"):
+        (writer.folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"latest\.pt: not a readable checkpoint"):
+        checkpoints.newest(tmp_path, print)
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    assert checkpoints.newest(tmp_path, print) is None
+
+
+def test_a_link_replaces_a_file(tmp_path: Path) -> None:
+    """As versions before this one left it."""
+    (tmp_path / "latest.pt").write_bytes(b"old")
+    (tmp_path / "new").write_bytes(b"new")
+    symlink("new", tmp_path / "latest.pt")
+    assert (tmp_path / "latest.pt").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_kept_epochs(images: Path, small: Path, tmp_path: Path) -> None:
     """Two steps an epoch, every second epoch and the last kept; going on from a kept one ends in the same state."""
     settings = [
         "data.batch_size=48",
         "queue.size=48",
         "trainer.epochs=3",
-        "optim.momentum=0",  # a third less to write
-        "checkpoint={keep_every: 2, every_epochs: 2}",
+        "checkpoint={keep_every: 2, every_epochs: 2, recent: 1}",
     ]
     options = [part for setting in settings for part in ("--set", setting)]
     outputs = tmp_path / "one", tmp_path / "two"
-    done = call("pretrain", tiny, "--data", images, *options, "--set", f"output={outputs[0]}")
+    done = call("pretrain", small, "--data", images, *options, "--set", f"output={outputs[0]}")
     assert done.code == 0, done.err
     folder = checkpoints.folder(outputs[0])
-    assert {path.name for path in folder.iterdir()} == {"epoch-0002.pt", "epoch-0003.pt", "latest.pt"}
+    assert {path.name for path in folder.iterdir()} == {
+        "epoch-0002.pt",
+        "epoch-0003.pt",
+        "step-00000006.pt",
+        "latest.pt",
+    }
     kept = {name: torch.load(folder / name, weights_only=True) for name in ("epoch-0002.pt", "latest.pt")}
     assert {name: entries["step"] for name, entries in kept.items()} == {"epoch-0002.pt": 4, "latest.pt": 6}
-    assert (folder / "epoch-0003.pt").read_bytes() == (folder / "latest.pt").read_bytes()
+    assert (folder / "epoch-0003.pt").samefile(folder / "latest.pt")
 
     resume = ("--resume", folder / "epoch-0002.pt")
-    done = call("pretrain", tiny, "--data", images, *options, "--set", f"output={outputs[1]}", *resume)
+    done = call("pretrain", small, "--data", images, *options, "--set", f"output={outputs[1]}", *resume)
     assert done.code == 0, done.err
     again = checkpoints.load(checkpoints.folder(outputs[1]) / checkpoints.LATEST)
     for entries in (again, kept["latest.pt"]):

@@ -1,7 +1,6 @@
 """Two processes under torchrun do what one does, and agree with each other."""
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, environment
+from tests.engine.ranks import TORCHRUN
 from tests.engine.runs import differences
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def launch(processes: int, config: Path, folder: Path, mode: str, *overrides: str) -> list[dict[str, Any]]:
@@ -56,17 +54,3 @@ def test_gradient_equals_single_process(images: Path, tiny: Path, tmp_path: Path
             assert error <= 20 * 2**-23 * gradient.abs().max() + 1e-9, name
         queue, expected = other["model"]["queue.rows"].float(), one["model"]["queue.rows"].float()
         assert torch.allclose(queue, expected, atol=2**-10)
-
-
-def test_shuffled_keys_come_back_to_their_rows(tmp_path: Path) -> None:
-    """Shuffling over two processes returns each one's own keys in order, whatever the micro-batch."""
-    command = [*TORCHRUN, "--nproc-per-node=2", "-m", "tests.engine.shuffle_worker", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
-    for images, keys, seen in (part for parts in ranks for part in parts):
-        assert torch.equal(keys, images.flatten(1))
-        assert not torch.equal(seen, images), "nothing was shuffled"
-    for (first, _, one), (second, _, other) in zip(*ranks, strict=True):
-        rows = {tuple(row) for row in torch.cat([first, second]).flatten(1).tolist()}
-        assert {tuple(row) for row in torch.cat([one, other]).flatten(1).tolist()} == rows
