@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Trainer:
         if self.probe is not None:
             self.probe.on_skip = progress.warn
         try:
-            with self._stop, self._watchdog:
+            with self._stop, self._watchdog, self._told():
                 self._loop()
                 self._finish()
         finally:
@@ -107,6 +108,26 @@ class Trainer:
                 self._writer.wait()
             if self._metrics is not None:
                 self._metrics.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """`status.json` says how the run is or ended; one that is killed is left at `running`."""
+        self._write_status("running")
+        try:
+            yield
+        except Interrupted:
+            self._write_status("stopped")
+            raise
+        except BaseException:
+            self._write_status("failed")
+            raise
+        self._write_status("finished")
+
+    def _write_status(self, status: str) -> None:
+        if self.processes.is_main:
+            content = {"status": status, "step": self.step, "of": self.total_steps}
+            with contextlib.suppress(UserError):  # a disk that is full has other things to tell of
+                write_text_atomically(self.output / "status.json", json.dumps(content) + "\n")
 
     def _loop(self) -> None:
         clock = Clock(self.config.data.batch_size)
