@@ -60,6 +60,9 @@ def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, st
     made of all processes' images alike, only what changes place is sent, and no process has to wait for its device to
     know how much. (Of a permutation of the whole batch the shares would be drawn, too.)
     """
+    device = images.device.type
+    if torch.is_autocast_enabled(device):  # as the first convolution would, but before they are sent
+        images = images.to(torch.get_autocast_dtype(device))
     samples, processes, rank = len(images), dist.get_world_size(), dist.get_rank()
     given = [_share(samples, processes, rank, other) for other in range(processes)]
     taken = [_share(samples, processes, other, rank) for other in range(processes)]
