@@ -145,9 +145,8 @@ def measured(options: argparse.Namespace, mode: str, processes: int, alone: bool
 
 def table(rows: Sequence[Row]) -> str:
     """As text: times, and bytes that a process sends in a step, counted and as they were on the wire."""
-    lines = [
-        f"{'mode':<8} {'W':>2} {'ms':>8} {'p20':>8} {'p80':>8} {'images/s':>9} {'counted':>12} {'wire':>12} {'ratio':>6}"
-    ]
+    times = " ".join(f"{name:>8}" for name in ("ms", "p20", "p80"))
+    lines = [f"{'mode':<8} {'W':>2} {times} {'images/s':>9} {'counted':>12} {'wire':>12} ratio"]
     for row in rows:
         counted, wire = sum(row["sent_bytes"].values()), row["wire_bytes"]
         lines.append(

@@ -18,11 +18,12 @@ class NonFiniteGuard:
     Attributes:
         skip: float32 scalar on the device, 1 where this step's update is left out: query weights, optimizer and queue
             stay as they were before it. (The key encoder goes on following weights that do not move.)
+        loss: of the last step, whatever it was.
     """
 
     def __init__(self, metrics: int, limit: int, device: torch.device) -> None:
         self.limit = limit
-        self.skip = torch.zeros((), device=device)
+        self.skip, self.loss = torch.zeros((), device=device), torch.zeros((), device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._steps = torch.full((limit + 1,), -1, dtype=torch.int64, device=device)
         self._values = torch.zeros(limit + 1, metrics, device=device)
@@ -31,6 +32,7 @@ class NonFiniteGuard:
 
     def watch(self, loss: Tensor, gradient_norm: Tensor, step: Tensor, values: Tensor) -> None:
         """Look at one step. The verdict is that of all processes together."""
+        self.loss.copy_(loss)
         bad = reduce_max((~(loss.isfinite() & gradient_norm.isfinite())).float()) > 0
         here = bad & (self._places == self._count)
         self._steps.copy_(torch.where(here, step, self._steps))
