@@ -6,6 +6,7 @@ Progress is kept in runs/stress/progress.json. A stage that is done is written d
 import argparse
 import datetime
 import json
+import os
 import random
 import re
 import shutil
@@ -21,6 +22,7 @@ from synco_fast.files import write_text_atomically
 from tests import fuzz
 from tests.campaign import campaign
 from tests.conftest import REPOSITORY, TINY, environment, write_images
+from tests.engine.ranks import Launched
 from tests.engine.runs import differences, final_state, pretrain_command, rows
 from tests.engine.trajectories import compare
 
@@ -70,11 +72,18 @@ class Stage:
 
 
 class Kills:
-    """One run, killed at random moments, against the same run left alone."""
+    """One run, killed at random moments, against the same run left alone.
 
-    def __init__(self, count: int) -> None:
-        self.folder = FOLDER / "kills"
-        self.stage = Stage("kills", count)
+    Args:
+        count: of the kills. processes: 1, each kill followed by a new start; or more under torchrun, which starts them
+            again by itself after a random one was killed.
+    """
+
+    def __init__(self, count: int, processes: int = 1) -> None:
+        self.processes = processes
+        self.folder = FOLDER / f"kills-{processes}"
+        name = "kills" if processes == 1 else f"kills of one of {processes} processes under torchrun"
+        self.stage = Stage(name, count)
         if self.stage.done == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
         if not self.folder.exists():
@@ -85,11 +94,15 @@ class Kills:
         self.config.write_text(TINY)
 
     def run(self) -> None:
-        self.stage.run(lambda number: self._kill(number))
+        if self.processes == 1:
+            self.stage.run(lambda number: self._kill(number))
+        else:
+            self.stage.run(lambda number: self._kill_workers(), at_once=self.stage.count)
 
     def command(self, name: str) -> list[str]:
         # An epoch of 6 steps, an evaluation and a checkpoint each; long enough that every kill meets a live run.
-        settings = [f"trainer.epochs={10 * self.stage.count}", "checkpoint.every_steps=3", "knn.every_epochs=1"]
+        epochs = (50 if self.processes == 1 else 100) * self.stage.count
+        settings = [f"trainer.epochs={epochs}", "checkpoint.every_steps=3", "knn.every_epochs=1"]
         options = [part for setting in settings for part in ("--set", setting)]
         return pretrain_command(self.config, self.folder / "images", self.folder / name, *options)
 
@@ -106,10 +119,31 @@ class Kills:
         if number == self.stage.count - 1:
             for name in ("killed", "undisturbed"):
                 subprocess.run(self.command(name), check=True, env=environment(), capture_output=True)
-            killed, undisturbed = self.folder / "killed", self.folder / "undisturbed"
-            assert differences(final_state(killed), final_state(undisturbed)) == [], "states differ"
-            assert rows(killed) == rows(undisturbed), "metrics differ"
-            assert not list(killed.rglob(".*.tmp")), "stray temporary files"
+            self._compare()
+
+    def _kill_workers(self) -> None:
+        """Kill a random process at a random moment after the first step of each start; torchrun does the rest."""
+        count, draw = self.stage.count, random.Random(self.processes)
+        launched = Launched(self.command("killed"), self.processes, restarts=count)
+        for number in range(count):
+            launched.wait_for("step ", len(launched.said))
+            time.sleep(draw.uniform(0, 6))
+            alive = launched.workers()
+            os.kill(draw.choice(alive), signal.SIGKILL)
+            while set(alive) & set(launched.workers()):  # torchrun ends the others, too
+                time.sleep(0.05)
+            print(f"{self.stage.name}: {number + 1}/{count}", flush=True)
+        code, text = launched.end()
+        assert code == 0, text[-1000:]
+        code, text = Launched(self.command("undisturbed"), self.processes).end()
+        assert code == 0, text[-1000:]
+        self._compare()
+
+    def _compare(self) -> None:
+        killed, undisturbed = self.folder / "killed", self.folder / "undisturbed"
+        assert differences(final_state(killed), final_state(undisturbed)) == [], "states differ"
+        assert rows(killed) == rows(undisturbed), "metrics differ"
+        assert not list(killed.rglob(".*.tmp")), "stray temporary files"
 
 
 RANDOM_CALLS: dict[str, tuple[str, dict[str, str]]] = {
@@ -176,7 +210,8 @@ def trajectories(steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--worker-kills", type=int, default=20, help="of one of 2 processes, and of one of 4")
     parser.add_argument("--op", type=int, default=2000)
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
@@ -192,6 +227,8 @@ def main() -> None:
     hostile_files(arguments.hostile)
     trajectories(arguments.steps)
     Kills(arguments.kills).run()
+    for processes in (2, 4):
+        Kills(arguments.worker_kills, processes).run()
 
 
 if __name__ == "__main__":

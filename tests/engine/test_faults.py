@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.command import call
-from tests.conftest import REPOSITORY, SYNCO_FAST, TINY, environment
+from tests.conftest import SYNCO_FAST, TINY, environment
 from tests.disks import mounted
-from tests.engine.ranks import TORCHRUN
+from tests.engine.ranks import Launched
 from tests.engine.runs import differences, final_state, pretrain_command, rows
 
 STEPS = 24
@@ -112,48 +112,12 @@ def test_waiting_for_data(config: Path, images: Path, tmp_path: Path) -> None:
     assert "rank 0 of 1 has been at step " in done.stderr and "most recent call first" in done.stderr
 
 
-def torchrun(processes: int, words: list[str], restarts: int = 0) -> list[str]:
-    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    return [*TORCHRUN, *options, "-m", "synco_fast", *words[len(SYNCO_FAST) :]]
-
-
-def workers(launcher: int) -> list[int]:
-    """Processes that a launcher has started, in order of rank."""
-    listed = subprocess.run(
-        ["pgrep", "--parent", str(launcher), "-f", "synco_fast"], capture_output=True, text=True, check=False
-    )
-    return sorted(map(int, listed.stdout.split()))
-
-
-class Launched:
-    """torchrun with a run, its messages read as they come."""
-
-    def __init__(self, words: list[str], processes: int, restarts: int = 0) -> None:
-        self.process = subprocess.Popen(
-            torchrun(processes, words, restarts), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=environment()
-        )
-        self.said: list[str] = []
-
-    def wait_for(self, text: str) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line)
-            if text in line:
-                return
-        raise AssertionError("".join(self.said))
-
-    def end(self) -> tuple[int, str]:
-        assert self.process.stderr is not None
-        self.said += self.process.stderr.readlines()
-        return self.process.wait(), "".join(self.said)
-
-
 def test_a_process_that_hangs(config: Path, images: Path, tmp_path: Path) -> None:
     """SIGSTOP to rank 1: rank 0 says that it does not answer, and ends."""
     words = command(config, images, tmp_path / "run", "trainer.stall_minutes=0.05", "trainer.epochs=1000")
     launched = Launched(words, 2)
     launched.wait_for("step 3/")
-    stopped = workers(launched.process.pid)[1]
+    stopped = launched.workers()[1]
     os.kill(stopped, signal.SIGSTOP)
     try:
         launched.wait_for("error: rank 0 of 2 has been at step ")
@@ -171,7 +135,7 @@ def test_a_process_that_is_killed(mode: str, config: Path, images: Path, tmp_pat
     settings = ("trainer.epochs=3", f"bn.mode={mode}")
     launched = Launched(command(config, images, tmp_path / "killed", *settings), 2, restarts=1)
     launched.wait_for("step 8/")
-    os.kill(workers(launched.process.pid)[1], signal.SIGKILL)
+    os.kill(launched.workers()[1], signal.SIGKILL)
     code, text = launched.end()
     assert code == 0, text
     assert "rank 0 of 2: another process was lost" in text or "SIGTERM" in text
