@@ -101,8 +101,8 @@ class Kills:
 
     def command(self, name: str) -> list[str]:
         # An epoch of 6 steps, an evaluation and a checkpoint each; long enough that every kill meets a live run.
-        epochs = (50 if self.processes == 1 else 100) * self.stage.count
-        settings = [f"trainer.epochs={epochs}", "checkpoint.every_steps=3", "knn.every_epochs=1"]
+        epochs, mode = 10 * self.stage.count, "split" if self.processes == 1 else "shuffle"
+        settings = [f"trainer.epochs={epochs}", "checkpoint.every_steps=3", "knn.every_epochs=1", f"bn.mode={mode}"]
         options = [part for setting in settings for part in ("--set", setting)]
         return pretrain_command(self.config, self.folder / "images", self.folder / name, *options)
 
