@@ -16,14 +16,17 @@ SYNCO_FAST = [sys.executable, "-m", "synco_fast"]
 TINY = """
 method: synco
 data: {batch_size: 16, image_size: 32, eval_resize: 32, threads: 1}
-model: {arch: resnet18, dim: 16, momentum: 0.9}
+model: {arch: resnet10_narrow, dim: 16, momentum: 0.9}
 bn: {mode: split, group_size: 4}
 queue: {size: 64}
 negatives:
   {n_hard: 16, interpolated: 4, extrapolated: 4, mixed: 4, noisy: 4, perturbed: 4, adversarial: 4, warmup_epochs: 1}
 trainer: {epochs: 4, device: cpu, precision: fp32, log_every: 1}
 """
-"""A run of a second a step at most: 6 steps an epoch on `images`, synthetic negatives from the second epoch."""
+"""A run of a twentieth of a second a step: 6 an epoch on `images`, synthetic negatives from the second epoch."""
+
+RESNET18 = TINY.replace("resnet10_narrow", "resnet18")
+"""The same with a network that other libraries know."""
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:
@@ -51,14 +54,6 @@ def tiny(tmp_path: Path) -> Path:
     """The configuration TINY as a file."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
-    return path
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """TINY with a narrower encoder as a file: a twentieth of a second a step."""
-    path = tmp_path / "small.yaml"
-    path.write_text(TINY.replace("arch: resnet18", "arch: resnet10_narrow"))
     return path
 
 

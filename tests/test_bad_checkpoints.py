@@ -68,7 +68,7 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
 
 
 WRONG_ROWS = torch.zeros(32, 16, dtype=torch.float16)
-FIRST = "query_encoder.backbone.conv1.weight"
+FIRST = "query_encoder.backbone.0.weight"
 
 CHECKPOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing": (Path.unlink, ("No such file",)),
@@ -142,7 +142,7 @@ def test_a_broken_latest(images: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 ANOTHER_RUN: list[tuple[list[str], tuple[str, ...]]] = [
-    (["model.arch=resnet34"], ("model.arch is 'resnet34', was 'resnet18'",)),
+    (["model.arch=resnet34"], ("model.arch is 'resnet34', was 'resnet10_narrow'",)),
     (["seed=1"], ("seed is 1, was 0",)),
     (["queue.size=128"], ("queue.size is 128, was 64",)),
     (["optim.lr=0.5", "trainer.epochs=9"], ("optim.lr is 0.5, was 0.03", "trainer.epochs is 9, was 4")),

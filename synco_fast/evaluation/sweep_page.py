@@ -1,6 +1,5 @@
 """What came of a sweep: `result.json`, and the table and the page, which are functions of it."""
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from synco_fast.config_text import to_yaml
 from synco_fast.engine.distributed import Processes, choose_device
 from synco_fast.evaluation.charts import BLUE, ORANGE, STYLE, WIDTH, svg
-from synco_fast.evaluation.report import PAGE, escaped, fact_list, section, write_page
+from synco_fast.evaluation.report import PAGE, escaped, fact_list, html_table, section, write_page
 from synco_fast.evaluation.session import about, write_result
 from synco_fast.evaluation.sweep import PRETRAIN, REPORT, TABLE, Plan
 from synco_fast.evaluation.sweep_state import Record
@@ -70,10 +69,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """The summary in Markdown, in percent."""
-    names = _metrics(result)
-    lines = [["run", *names], ["---"] * (1 + len(names))]
-    lines += [[row["run"], *(_cell(row["metrics"].get(name)) for name in names)] for row in result["summary"]]
+    header, *rows = _cells(result)
+    lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |\n" for line in lines)
+
+
+def _cells(result: dict[str, Any]) -> list[list[str]]:
+    """The summary as text, its header first."""
+    names = _metrics(result)
+    rows = [[row["run"], *(_cell(row["metrics"].get(name)) for name in names)] for row in result["summary"]]
+    return [["run", *names], *rows]
 
 
 def page(result: dict[str, Any], name: str) -> str:
@@ -100,7 +105,7 @@ def page(result: dict[str, Any], name: str) -> str:
 
 def _sections(result: dict[str, Any]) -> Iterable[str]:
     seeds = "Mean over seeds ± standard deviation (n - 1), in percent, with the number of seeds in parentheses."
-    yield section("Results", _html_table(result), seeds)
+    yield section("Results", html_table(_cells(result)), seeds)
     for name in _metrics(result):
         yield section(
             name,
@@ -108,16 +113,6 @@ def _sections(result: dict[str, Any]) -> Iterable[str]:
             "Each dot is a seed, each line a run's mean. Runs whose dots lie among each other's are not told apart "
             "by this many seeds.",
         )
-
-
-def _html_table(result: dict[str, Any]) -> str:
-    names = _metrics(result)
-    lines = [
-        "".join(f"<td>{escaped(text)}</td>" for text in (row["run"], *(_cell(row["metrics"].get(n)) for n in names)))
-        for row in result["summary"]
-    ]
-    head = "".join(f"<th>{escaped(name)}</th>" for name in ("run", *names))
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def dots(result: dict[str, Any], name: str) -> str:
@@ -134,16 +129,10 @@ def dots(result: dict[str, Any], name: str) -> str:
         ax.scatter(values, heights, s=22, color=BLUE, alpha=0.8, linewidth=0, label="seed", zorder=3)
         ax.set_yticks(list(places.values()), list(places), parse_math=False)
         ax.set_ylim(len(runs) - 0.5, -0.5)
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=_decimals(values)))
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))  # as many as the ticks need
         ax.set_xlabel(name, parse_math=False)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         return svg(figure, f"{name} of each run, by seed")
-
-
-def _decimals(values: list[float]) -> int:
-    """Of the axis's percents, so that neighbouring ticks differ: there are ten at most."""
-    spread = 10 * (max(values) - min(values))
-    return 0 if spread >= 1 or spread == 0 else min(4, math.ceil(-math.log10(spread)))
 
 
 def _metrics(result: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from synco_fast.engine import checkpoints, foreign
 from synco_fast.errors import UserError
 from tests import others
 from tests.command import Finished, call, check_error, contents
-from tests.conftest import TINY
+from tests.conftest import RESNET18
 from tests.engine.runs import differences, rows
 
 SETTINGS = ("data.batch_size=48", "queue.size=96")  # 2 steps an epoch
@@ -31,11 +31,19 @@ def pretrain(images: Path, config: Path, output: Path, *settings: str, resume: o
 def begun(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Our own checkpoint after one epoch of two steps; and the dtype of its queue."""
     folder = tmp_path_factory.mktemp("begun")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(RESNET18)
     dtype = f"queue.dtype={request.param}"
     done = pretrain(images, folder / "tiny.yaml", folder / "run", dtype, "trainer.max_steps=2")
     assert done.code == 0, done.err
     return folder / "run" / "checkpoints" / "latest.pt", dtype
+
+
+@pytest.fixture
+def resnet18(tmp_path: Path) -> Path:
+    """The configuration RESNET18 as a file."""
+    path = tmp_path / "resnet18.yaml"
+    path.write_text(RESNET18)
+    return path
 
 
 def as_moco(state: dict[str, Any], *, columns: bool, all_parameters: bool) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def as_moco(state: dict[str, Any], *, columns: bool, all_parameters: bool) -> di
 
 @pytest.mark.parametrize("kind", ["MoCo", "SynCo"])
 def test_going_on_is_as_from_our_own(
-    kind: str, begun: tuple[Path, str], images: Path, tiny: Path, tmp_path: Path
+    kind: str, begun: tuple[Path, str], images: Path, resnet18: Path, tmp_path: Path
 ) -> None:
     """Two more steps, with synthetic negatives: weights, queue, momentum and metrics bit for bit."""
     ours, dtype = begun
@@ -74,7 +82,7 @@ def test_going_on_is_as_from_our_own(
     torch.save(content, theirs, _use_new_zipfile_serialization=kind == "MoCo")
     states = {}
     for name, given in (("ours", ours), ("theirs", theirs)):
-        done = pretrain(images, tiny, tmp_path / name, dtype, "trainer.max_steps=4", resume=given)
+        done = pretrain(images, resnet18, tmp_path / name, dtype, "trainer.max_steps=4", resume=given)
         assert done.code == 0, done.err
         states[name] = checkpoints.load(tmp_path / name / "checkpoints" / "latest.pt")
         # The generators are a fresh run's, and nothing on a CPU draws from them.
@@ -87,13 +95,13 @@ def test_going_on_is_as_from_our_own(
     assert f"{theirs}: going on after its epoch 1, as step 2 of this configuration" in done.err
 
 
-def test_the_class_oracle_goes_on(begun: tuple[Path, str], images: Path, tiny: Path, tmp_path: Path) -> None:
+def test_the_class_oracle_goes_on(begun: tuple[Path, str], images: Path, resnet18: Path, tmp_path: Path) -> None:
     """The rows that were theirs have no class, those that came since have theirs."""
     ours, dtype = begun
     theirs = tmp_path / "moco.pth.tar"
     torch.save(as_moco(checkpoints.load(ours), columns=True, all_parameters=True), theirs)
     settings = (dtype, "trainer.max_steps=3", "loss.class_oracle=true")
-    done = pretrain(images, tiny, tmp_path / "run", *settings, resume=theirs)
+    done = pretrain(images, resnet18, tmp_path / "run", *settings, resume=theirs)
     assert done.code == 0, done.err
     labels = checkpoints.load(tmp_path / "run" / "checkpoints" / "latest.pt")["model"]["queue.labels"]
     assert (labels == -1).sum() == 48 and set(labels.tolist()) == {-1, 0, 1}
@@ -112,7 +120,7 @@ def content() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    file.write_text(TINY)
+    file.write_text(RESNET18)
     return configuration.load(file, ["trainer.epochs=9"])
 
 
@@ -285,21 +293,21 @@ def test_what_cannot_be_gone_on_with(kind: str, content: dict[str, Any], config:
         foreign.read(damage(content), Path("given"), config)
 
 
-def test_refused_by_the_command(content: dict[str, Any], images: Path, tiny: Path, tmp_path: Path) -> None:
+def test_refused_by_the_command(content: dict[str, Any], images: Path, resnet18: Path, tmp_path: Path) -> None:
     """Each key that differs is listed; and a run that is there is never replaced."""
     given, output = tmp_path / "moco.pth.tar", tmp_path / "run"
     torch.save(changed(content, "optimizer"), given)
     other = ("model={arch: resnet50, dim: 32, mlp: false, stem: cifar}", "queue.size=144")
-    done = pretrain(images, tiny, output, *other, resume=given)
+    done = pretrain(images, resnet18, output, *other, resume=given)
     differ = ("model.arch is 'resnet50', was 'resnet18'", "model.dim is 32, was 16", "model.mlp is False, was True")
     differ += ("model.stem is 'cifar', was 'imagenet'", "queue.size is 144, was 64")
     check_error(done.code, done.err, (f"{given}: cannot resume, it was made under another configuration", *differ))
     assert not output.exists()
 
     same = ("queue.size=64", "data.batch_size=32")  # 3 steps an epoch
-    done = pretrain(images, tiny, output, *same, resume=given)
+    done = pretrain(images, resnet18, output, *same, resume=given)
     check_error(done.code, done.err, (f"{given}: nothing is left to train", "7 epochs", "trainer.epochs = 4"))
-    done = pretrain(images, tiny, output, *same, "trainer.epochs=8", "trainer.max_steps=21", resume=given)
+    done = pretrain(images, resnet18, output, *same, "trainer.epochs=8", "trainer.max_steps=21", resume=given)
     check_error(done.code, done.err, (f"{given}: nothing is left", "7 epochs are 21 steps", "trainer.max_steps = 21"))
     assert not output.exists()
 
@@ -308,6 +316,6 @@ def test_refused_by_the_command(content: dict[str, Any], images: Path, tiny: Pat
     given.rename(latest)
     before = contents(output)
     for resume in (latest, "auto"):
-        done = pretrain(images, tiny, output, "queue.size=48", resume=resume)
+        done = pretrain(images, resnet18, output, "queue.size=48", resume=resume)
         check_error(done.code, done.err, (str(latest), f"{output} already holds a run", "--set output=DIR"))
     assert contents(output) == before

@@ -7,5 +7,5 @@ import yaml
 
 
 def write_sweep(path: Path, **settings: Any) -> Path:
-    path.write_text(yaml.safe_dump({"config": "small.yaml", "seeds": [0], **settings}, sort_keys=False))
+    path.write_text(yaml.safe_dump({"config": "tiny.yaml", "seeds": [0], **settings}, sort_keys=False))
     return path

@@ -59,7 +59,7 @@ def checkpoint(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def encoder_of(model: dict[str, Tensor], prefix: str) -> Encoder:
     """An encoder of the run's state."""
-    encoder = Encoder("resnet18", dim=16)
+    encoder = Encoder("resnet10_narrow", dim=16)
     encoder.load_state_dict(
         {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
     )

@@ -18,6 +18,7 @@ from synco_fast.engine.run import build_contrast
 from synco_fast.engine.weights import query_encoder
 from synco_fast.evaluation.baselines import calibrated, knn_baselines
 from synco_fast.models.encoders import Encoder
+from tests.conftest import RESNET18
 
 CPU = torch.device("cpu")
 
@@ -29,8 +30,9 @@ def loader(index: Index) -> EvalLoader:
 
 
 @pytest.fixture
-def config(tiny: Path) -> Config:
-    return load(tiny, ["knn.k=5"])
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "resnet18.yaml").write_text(RESNET18)
+    return load(tmp_path / "resnet18.yaml", ["knn.k=5"])
 
 
 @pytest.fixture

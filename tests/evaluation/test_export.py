@@ -20,7 +20,7 @@ from synco_fast.files import sha256
 from synco_fast.models.encoders import NARROW, Encoder, architectures
 from tests import others
 from tests.command import call, check_error, contents
-from tests.conftest import TINY
+from tests.conftest import RESNET18
 
 SUFFIXES = {"torchvision": ".pth", "timm": ".safetensors", "safetensors": ".safetensors", "detectron2": ".pkl"}
 
@@ -29,7 +29,7 @@ SUFFIXES = {"torchvision": ".pth", "timm": ".safetensors", "safetensors": ".safe
 def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our own checkpoint after a step, images prepared in another way than the defaults."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(RESNET18)
     settings = [f"output={folder}/run", "trainer.max_steps=1", "loss.temperature=0.1", "data.eval_resize=40", "seed=3"]
     options = [part for setting in settings for part in ("--set", setting)]
     done = call("pretrain", folder / "tiny.yaml", "--data", images, *options)

@@ -103,7 +103,7 @@ def fingerprint(output: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-def test_stopped_killed_and_gone_on(small: Path, images: Path, tmp_path: Path) -> None:
+def test_stopped_killed_and_gone_on(tiny: Path, images: Path, tmp_path: Path) -> None:
     """Three runs: SIGTERM while the longest trains, SIGKILL in a later one. What was finished stays as it was, and the
     results are those of the commands one by one.
     """
@@ -145,7 +145,7 @@ def test_stopped_killed_and_gone_on(small: Path, images: Path, tmp_path: Path) -
 
     expected = []
     for name, changes in overrides.items():
-        expected.append(by_hand(small, images, tmp_path / "alone" / name, name, 0, changes, "7,20"))
+        expected.append(by_hand(tiny, images, tmp_path / "alone" / name, name, 0, changes, "7,20"))
         check_same(output / name / "seed-0", tmp_path / "alone" / name)
     result = results(output)
     assert result["rows"] == expected
@@ -193,7 +193,7 @@ def check_changes_of_the_images(file: Path, images: Path, output: Path, other: P
     assert ": data.images" not in done.err and stages(output) == before
 
 
-def test_stopped_in_an_evaluation_that_trains(small: Path, images: Path, tmp_path: Path) -> None:
+def test_stopped_in_an_evaluation_that_trains(tiny: Path, images: Path, tmp_path: Path) -> None:
     """SIGTERM within a linear probe, under a name of its own, which goes on from its checkpoint: the result and bits of
     one left alone."""
     options = {"epochs": 12, "batch-size": 16, "lr": 0.1}
@@ -222,7 +222,7 @@ def test_stopped_in_an_evaluation_that_trains(small: Path, images: Path, tmp_pat
     assert results(output)["rows"][0]["metrics"]["probe.top1"] == result_of(alone)["metrics"]["top1"]
 
 
-def test_names_that_are_not_utf8(small: Path, images: Path, tmp_path: Path) -> None:
+def test_names_that_are_not_utf8(tiny: Path, images: Path, tmp_path: Path) -> None:
     """They stand in the command that the page shows, which is UTF-8 all the same; the result has them as they are."""
     data, name = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"s\xe9")
     shutil.copytree(images, data)
@@ -242,7 +242,7 @@ def test_names_that_are_not_utf8(small: Path, images: Path, tmp_path: Path) -> N
         assert not (name / "metrics.jsonl").exists()
 
 
-def test_a_run_that_fails(small: Path, images: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails(tiny: Path, images: Path, tmp_path: Path) -> None:
     """There are too few images for its batch, which its process finds out; the other is finished, and stays so."""
     runs: dict[str, Any] = {"large": {"data.batch_size": 128, "queue.size": 128}, "start": {"trainer.max_steps": 0}}
     file, output = write_sweep(tmp_path / "s.yaml", runs=runs), tmp_path / "out"
@@ -261,7 +261,7 @@ def test_a_run_that_fails(small: Path, images: Path, tmp_path: Path) -> None:
     assert [row["run"] for row in results(output)["rows"]] == ["large", "start"]
 
 
-def test_one_sweep_at_a_time(small: Path, images: Path, tmp_path: Path) -> None:
+def test_one_sweep_at_a_time(tiny: Path, images: Path, tmp_path: Path) -> None:
     file, output = write_sweep(tmp_path / "s.yaml", runs={"a": {}}), tmp_path / "out"
     output.mkdir()
     with (output / "sweep.lock").open("w") as lock:
@@ -287,7 +287,7 @@ def test_children_of_a_killed_sweep_are_waited_for(tmp_path: Path) -> None:
         assert len(said) == 1
 
 
-def test_bad_places(small: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_places(tiny: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_sweep(tmp_path / "s.yaml", runs={"a": {}}, evaluate={"knn": {}})
     check_refused_there(
         tmp_path / "out", "sweep", file, "--data", images, "--output", tmp_path / "out", names=("notes.txt", "no sweep")
@@ -304,7 +304,7 @@ def test_bad_places(small: Path, images: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"pretrain": 3}', '{"pretrain": {"seconds": 1}}'])
-def test_damaged_records(text: str, small: Path, images: Path, tmp_path: Path) -> None:
+def test_damaged_records(text: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     file, folder = write_sweep(tmp_path / "s.yaml", runs={"a": {}}), tmp_path / "out" / "a" / "seed-0"
     folder.mkdir(parents=True)
     (folder / "stages.json").write_text(text)
@@ -322,7 +322,7 @@ def test_each_job_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(350)
-def test_twelve_runs_killed_in_the_middle(small: Path, images: Path, tmp_path: Path) -> None:
+def test_twelve_runs_killed_in_the_middle(tiny: Path, images: Path, tmp_path: Path) -> None:
     """SIGKILL at a random moment after the fifth stage, two runs at a time."""
     grid = {"loss.temperature": [0.1, 0.2], "negatives.mixed": [0, 4]}
     settings = {"seeds": [0, 1, 2], "grid": grid, "evaluate": {"knn": {"k": 7, "temperature": 0.2}}}
@@ -343,5 +343,5 @@ def test_twelve_runs_killed_in_the_middle(small: Path, images: Path, tmp_path: P
     assert len(found) == 12
     for row in found:
         alone = tmp_path / "alone" / row["run"] / str(row["seed"])
-        assert row == by_hand(small, images, alone, row["run"], row["seed"], row["overrides"], "7")
+        assert row == by_hand(tiny, images, alone, row["run"], row["seed"], row["overrides"], "7")
         check_same(output / row["run"] / f"seed-{row['seed']}", alone)

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 from tests.evaluation.sweeps import write_sweep
 
 
-def test_a_grid_is_every_combination(small: Path, tmp_path: Path) -> None:
+def test_a_grid_is_every_combination(tiny: Path, tmp_path: Path) -> None:
     grid: dict[str, list[Any]] = {
         "loss.temperature": [0.1, 1],
         "optim.milestones": [[1, 2]],
@@ -26,12 +26,12 @@ def test_a_grid_is_every_combination(small: Path, tmp_path: Path) -> None:
     names = [f"loss.temperature={t} {rest.format(version)}" for t in ("0.1", "1") for version in (1, 2)]
     assert [(run.name, run.seed) for run in plan.runs] == [(name, seed) for name in names for seed in (7, 3)]
     run = plan.runs[2]
-    expected = config.load(small, ["loss.temperature=0.1", "optim.milestones=[1, 2]", "data.recipe=moco_v2", "seed=7"])
+    expected = config.load(tiny, ["loss.temperature=0.1", "optim.milestones=[1, 2]", "data.recipe=moco_v2", "seed=7"])
     assert run.config == expected
     assert run.overrides == {key: values[-1] if key == "data.recipe" else values[0] for key, values in grid.items()}
 
 
-def test_overrides_are_those_of_set(small: Path, tmp_path: Path) -> None:
+def test_overrides_are_those_of_set(tiny: Path, tmp_path: Path) -> None:
     """A key changes one value, a section all of them; and no run changes another's."""
     runs = {
         "one": {"negatives.mixed": 0, "method": "synco"},
@@ -40,7 +40,7 @@ def test_overrides_are_those_of_set(small: Path, tmp_path: Path) -> None:
     }
     plan = read_plan(write_sweep(tmp_path / "s.yaml", runs=runs), {})
     loads = [["negatives.mixed=0"], ["method=moco", "negatives={}"], []]
-    assert [run.config for run in plan.runs] == [config.load(small, overrides) for overrides in loads]
+    assert [run.config for run in plan.runs] == [config.load(tiny, overrides) for overrides in loads]
 
 
 def test_options_become_words() -> None:
@@ -149,7 +149,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_sweeps(kind: str, small: Path, images: Path, tmp_path: Path) -> None:
+def test_bad_sweeps(kind: str, tiny: Path, images: Path, tmp_path: Path) -> None:
     """Refused before anything is written or started."""
     changes, names = BAD[kind]
     settings = {"runs": {"a": {}}} | changes

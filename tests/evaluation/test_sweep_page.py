@@ -71,3 +71,12 @@ def test_dots_stand_where_their_numbers_are() -> None:
     assert means[1] == pytest.approx(seeds[2], abs=1e-5) and seeds[2] == seeds[3]
     assert seeds[0][0] < seeds[1][0] < seeds[2][0]
     assert seeds[0][1] == seeds[1][1] < seeds[2][1]
+
+
+@pytest.mark.parametrize("values", [[0.29, 0.484], [0.5, 0.5001], [0.1, 0.9], [0.31, 0.325], [0.5, 0.5]])
+def test_ticks_say_where_they_are(values: list[float]) -> None:
+    """Rounded labels would not be evenly spaced, as the ticks are."""
+    found = made_up(["a"], 2, np.array([values]))
+    svg = sweep_page.dots({"rows": found, "summary": sweep_page.summary(found)}, "knn.accuracy")
+    labels = [float(text) for text in re.findall(r">(-?[0-9.]+)%<", svg)]
+    assert len(labels) > 2 and np.allclose(np.diff(labels), labels[1] - labels[0]) and labels[1] > labels[0]
