@@ -201,7 +201,7 @@ def test_a_link_replaces_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "latest.pt").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
 
 
-def test_kept_epochs(images: Path, small: Path, tmp_path: Path) -> None:
+def test_kept_epochs(images: Path, tiny: Path, tmp_path: Path) -> None:
     """Two steps an epoch, every second epoch and the last kept; going on from a kept one ends in the same state."""
     settings = [
         "data.batch_size=48",
@@ -211,7 +211,7 @@ def test_kept_epochs(images: Path, small: Path, tmp_path: Path) -> None:
     ]
     options = [part for setting in settings for part in ("--set", setting)]
     outputs = tmp_path / "one", tmp_path / "two"
-    done = call("pretrain", small, "--data", images, *options, "--set", f"output={outputs[0]}")
+    done = call("pretrain", tiny, "--data", images, *options, "--set", f"output={outputs[0]}")
     assert done.code == 0, done.err
     folder = checkpoints.folder(outputs[0])
     assert {path.name for path in folder.iterdir()} == {
@@ -225,7 +225,7 @@ def test_kept_epochs(images: Path, small: Path, tmp_path: Path) -> None:
     assert (folder / "epoch-0003.pt").samefile(folder / "latest.pt")
 
     resume = ("--resume", folder / "epoch-0002.pt")
-    done = call("pretrain", small, "--data", images, *options, "--set", f"output={outputs[1]}", *resume)
+    done = call("pretrain", tiny, "--data", images, *options, "--set", f"output={outputs[1]}", *resume)
     assert done.code == 0, done.err
     again = checkpoints.load(checkpoints.folder(outputs[1]) / checkpoints.LATEST)
     for entries in (again, kept["latest.pt"]):

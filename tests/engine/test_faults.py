@@ -15,7 +15,7 @@ from tests.engine.ranks import Launched
 from tests.engine.runs import differences, final_state, pretrain_command, rows
 
 STEPS = 24
-SETTINGS = ("checkpoint.every_steps=3", "model.arch=resnet10_narrow")
+SETTINGS = ("checkpoint.every_steps=3",)
 
 
 def command(config: Path, data: Path, output: Path, *settings: str) -> list[str]:

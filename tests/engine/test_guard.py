@@ -95,10 +95,10 @@ def test_a_run_that_diverges(images: Path, tiny: Path, tmp_path: Path, synco_fas
     assert not (checkpoints.folder(output) / checkpoints.LATEST).exists()
 
 
-def test_a_run_that_diverges_in_spite_of_a_limit(images: Path, small: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_in_spite_of_a_limit(images: Path, tiny: Path, tmp_path: Path) -> None:
     """Weights that have overflowed make every step bad: evidence of each, and a stop at the limit's next."""
     options = ["optim.lr=1e38", "trainer.log_every=3", "trainer.skip_nonfinite=2"]
     words = [word for option in options for word in ("--set", option)]
-    done = call(*pretrain_command(small, images, tmp_path / "run", *words)[3:])
+    done = call(*pretrain_command(tiny, images, tmp_path / "run", *words)[3:])
     assert done.code == 1 and ", after 2 such steps that were left out" in done.err and "Traceback" not in done.err
     assert len(list((tmp_path / "run").glob("nonfinite-step-*.json"))) == 3
