@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from synco_fast.errors import UserError
 
@@ -67,9 +70,13 @@ def start(device: torch.device, minutes: float | None = None) -> Processes:
         torch.cuda.set_device(device)
     if world_size == 1:
         return Processes(0, 1, device)
-    timeout = None if minutes is None else timedelta(minutes=minutes)
+    timeout = default_pg_timeout if minutes is None else timedelta(minutes=minutes)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store may outlive its processes, with the addresses of those that were there before a restart.
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(

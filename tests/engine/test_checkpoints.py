@@ -54,7 +54,7 @@ class Writer(CheckpointWriter):
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of LIMIT bytes."""
     with mounted(tmp_path / "disk", LIMIT) as disk:
-        yield disk.folder
+        yield disk
 
 
 @contextlib.contextmanager
