@@ -2,8 +2,8 @@
 
 Images are noise, of sizes so unequal that the largest of a group makes the group's statistics, and two views of two
 images have nothing in common: a query can tell its key by shared statistics only. No weight moves, as what leaks needs
-no learning; so keys of this step and of the queue's are alike in all else. Chance is what the same network makes of keys
-of images of other groups.
+no learning; so keys of this step and of the queue's are alike in all else. Chance is what the same network makes of
+keys of images of other groups.
 """
 
 from pathlib import Path
