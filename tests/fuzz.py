@@ -1,6 +1,9 @@
 """Random cases by number, so that a failure names the one case that repeats it."""
 
+import io
 import random
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from synco_fast import config, config_text
+from synco_fast.data.index import scan
+from synco_fast.data.samples import close_shards, read_bytes
+from synco_fast.engine import checkpoints
 from synco_fast.errors import UserError
 from synco_fast.ops import KINDS, HardNegatives, infonce
+from tests.engine.runs import differences
+from tests.formats import example, framed, write_tar
 
 _CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 _VALUES = [None, True, -1, 0, 1, 3, 10**30, 0.5, -0.5, float("nan"), float("inf"), "", "synco", "../x", "1e-3"]
@@ -90,3 +98,139 @@ def _mutate(values: dict[str, Any], pick: random.Random) -> None:
         target.pop(key, None)
     else:
         target[key] = pick.choice(_VALUES)
+
+
+def checkpoint_case(number: int, folder: Path) -> bool:
+    """One checkpoint with damaged bytes: refused by a UserError, or it holds what it held. Says whether it loaded.
+
+    A third of them are whole archives whose pickle is damaged, which checksums do not tell: whatever they hold, nothing
+    is executed.
+    """
+    pick = random.Random(number)
+    path = folder / "given.pt"
+    deep = number % 3 == 0
+    path.write_bytes(_with_another_pickle(_checkpoint(), pick) if deep else damaged(_checkpoint(), pick))
+    with Executions() as executed:
+        try:
+            found = checkpoints.load(path)
+        except UserError as error:
+            assert str(error).startswith(str(path)) and len(str(error)) < 1000, error
+            found = None
+    assert not executed.events, executed.events
+    if found is not None and not deep:
+        assert differences(found, _state()) == [], "another state, and nobody told"
+    return found is not None
+
+
+def shard_case(number: int, folder: Path) -> bool:
+    """One damaged tar or TFRecord file: refused by a UserError, or an index of what lies within it."""
+    pick = random.Random(number)
+    path = folder / ("x.tar" if number % 2 else "x.tfrecord")
+    content = damaged(_tar() if number % 2 else _tfrecord(), pick)
+    path.write_bytes(content)
+    with Executions() as executed:
+        try:
+            index = scan(path)
+        except UserError as error:
+            assert str(error).count(str(folder)) >= 1 and len(str(error)) < 1000, error
+            index = None
+    assert not executed.events, executed.events
+    if index is not None:
+        for i in range(len(index)):
+            assert 0 <= len(read_bytes(index.sample(i))) <= len(content)
+        close_shards()
+    return index is not None
+
+
+def damaged(content: bytes, pick: random.Random) -> bytes:
+    """With some bytes changed, left out, put in, zeroed or moved."""
+    found = bytearray(content)
+    for _ in range(pick.choice([1, 1, 1, 2, 8])):
+        at, length = pick.randrange(len(found)), pick.choice([1, 4, 64, 512])
+        kind = pick.randrange(6)
+        if kind <= 1:
+            found[at] ^= 1 << pick.randrange(8)
+        elif kind == 2:
+            found[at : at + length] = pick.randbytes(length)
+        elif kind == 3:
+            del found[at : at + length]
+        elif kind == 4:
+            found[at:at] = found[pick.randrange(len(found)) :][:length]
+        else:
+            del found[at:]
+        if not found:
+            return b""
+    return bytes(found)
+
+
+class Executions:
+    """Notes what is executed while it is entered: programs, code, and functions that a pickle names."""
+
+    EVENTS = (
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.fork",
+        "subprocess.Popen",
+        "exec",
+        "socket.connect",
+        "os.mkdir",
+    )
+    _watching: "Executions | None" = None
+    _hooked = False
+
+    def __enter__(self) -> "Executions":
+        self.events: list[str] = []
+        if not Executions._hooked:  # for good: an audit hook cannot be taken away
+            sys.addaudithook(Executions._note)
+            Executions._hooked = True
+        Executions._watching = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Executions._watching = None
+
+    @staticmethod
+    def _note(event: str, arguments: Any) -> None:
+        if event == "exec" and not getattr(arguments[0], "co_filename", "<").startswith("<"):
+            return  # a module that is imported
+        if Executions._watching is not None and event in Executions.EVENTS:
+            Executions._watching.events.append(f"{event} {arguments!r}"[:200])
+
+
+def _state() -> dict[str, Any]:
+    names = ("config", "data", "loader", "model", "optimizer", "meter", "rng")
+    model = {f"layer{i}.weight": torch.arange(200.0) + i for i in range(4)}
+    return {name: {"step": i, "text": name} for i, name in enumerate(names)} | {"step": 3, "model": model}
+
+
+def _checkpoint() -> bytes:
+    content = io.BytesIO()
+    torch.save(_state(), content)
+    return content.getvalue()
+
+
+def _with_another_pickle(content: bytes, pick: random.Random) -> bytes:
+    found = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(found, "w") as new:
+        for name in old.namelist():
+            inner = old.read(name)
+            if name.endswith("data.pkl"):
+                inner = damaged(inner, pick)
+                if pick.random() < 0.3:  # a call of a function, put where an opcode may begin
+                    at = pick.randrange(len(inner) + 1)
+                    inner = inner[:at] + b"cposix\nsystem\n(S'true'\ntR" + inner[at:]
+            new.writestr(name, inner)
+    return found.getvalue()
+
+
+def _tar() -> bytes:
+    content = io.BytesIO()
+    members = [(f"{i:03d}.{kind}", data) for i in range(4) for kind, data in (("jpg", b"x" * (100 + i)), ("cls", b"1"))]
+    write_tar(content, members)
+    return content.getvalue()
+
+
+def _tfrecord() -> bytes:
+    features = [{"image/encoded": b"x" * (100 + i), "image/class/label": [i]} for i in range(4)]
+    return b"".join(framed(example(feature)) for feature in features)

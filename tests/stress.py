@@ -5,6 +5,7 @@ Progress is kept in runs/stress/progress.json. A stage that is done is written d
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import random
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--op", type=int, default=2000)
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
+    parser.add_argument("--damaged", type=int, default=2000, help="checkpoints, and shards")
     parser.add_argument("--steps", type=int, default=200, help="of the fast step beside the plain one")
     parser.add_argument("--hostile", type=int, default=500)
     arguments = parser.parse_args()
@@ -224,6 +226,8 @@ def main() -> None:
     for name in RANDOM_CALLS:
         random_calls(name, arguments.fused)
     Stage("mutated configurations", arguments.config).run(fuzz.config_case)
+    for name, case in (("checkpoints", fuzz.checkpoint_case), ("shards", fuzz.shard_case)):
+        Stage(f"damaged {name}", arguments.damaged).run(functools.partial(case, folder=FOLDER))
     hostile_files(arguments.hostile)
     trajectories(arguments.steps)
     Kills(arguments.kills).run()

@@ -1,5 +1,7 @@
 """The random cases of `make stress`, fewer of them."""
 
+from pathlib import Path
+
 import pytest
 
 from tests import fuzz
@@ -14,3 +16,19 @@ def test_op_cases(start: int) -> None:
 def test_config_cases() -> None:
     loaded = [fuzz.config_case(number) for number in range(300)]
     assert 0 < sum(loaded) < len(loaded), "mutations that always or never load would test nothing"
+
+
+def test_checkpoint_cases(tmp_path: Path) -> None:
+    loaded = [fuzz.checkpoint_case(number, tmp_path) for number in range(150)]
+    assert 0 < sum(loaded) < len(loaded)
+
+
+def test_shard_cases(tmp_path: Path) -> None:
+    loaded = [fuzz.shard_case(number, tmp_path) for number in range(150)]
+    assert 0 < sum(loaded) < len(loaded)
+
+
+def test_what_a_pickle_executes_is_noticed() -> None:
+    with fuzz.Executions() as executed:
+        exec("1 + 1")
+    assert len(executed.events) == 1 and executed.events[0].startswith("exec ")

@@ -168,3 +168,29 @@ def test_a_process_that_is_killed(mode: str, config: Path, images: Path, tmp_pat
     assert code == 0, text
     assert differences(final_state(tmp_path / "killed"), final_state(tmp_path / "whole")) == []
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_another_number_of_processes(config: Path, images: Path, tmp_path: Path) -> None:
+    """SIGUSR1 to one of two processes within an epoch: both stop at the same step, torchrun starts neither again, and one
+    process goes on at the next. Every image has its place whatever the number of processes, so each is seen once."""
+    words = command(config, images, tmp_path / "run", "bn.group_size=4")
+    launched = Launched(words, 2, restarts=3)
+    launched.wait_for("step 8/")
+    os.kill(launched.workers()[0], signal.SIGUSR1)
+    code, text = launched.end()
+    assert code == 1 and text.count("go on with --resume auto") == 2, text
+    stopped = final_state(tmp_path / "run")["step"]
+    assert 8 <= stopped < STEPS and '"stopped"' in (tmp_path / "run" / "status.json").read_text()
+    done = call(*words[len(SYNCO_FAST) :])
+    assert done.code == 0 and f"step {stopped + 1}/{STEPS}" in done.err, done.err
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert '"finished"' in (tmp_path / "run" / "status.json").read_text()
+
+
+def test_the_others_are_not_there(config: Path, images: Path, tmp_path: Path) -> None:
+    """A process of two, alone: it says whom it waited for, and ends."""
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
+    words = command(config, images, tmp_path / "run", "trainer.stall_minutes=0.02")
+    done = subprocess.run(words, env=environment() | alone, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "error: rank 0 of 2 cannot join the others at 127.0.0.1:29731 (MASTER_ADDR, MASTER_PORT)" in done.stderr

@@ -58,7 +58,7 @@ def test_killed_at_random_steps(images: Path, tiny: Path, tmp_path: Path, undist
     assert not list(output.rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_stopped_by_signal(number: int, images: Path, tiny: Path, tmp_path: Path, undisturbed: Path) -> None:
     """The step is finished, the checkpoint is of that very step, the exit code is 75, and the run goes on."""
     command = pretrain_command(tiny, images, tmp_path / "run", "--set", "knn.every_epochs=2")
