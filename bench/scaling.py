@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     alone, rows = can_isolate(), []
     for processes in map(int, options.processes.split(",")):
         for mode in options.modes.split(","):
-            if mode == "shuffle" and processes == 1:
+            if mode in ("shuffle", "sync") and processes == 1:
                 continue
             try:
                 rows.append({**measured(options, mode, processes, alone), **about})

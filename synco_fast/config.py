@@ -148,11 +148,6 @@ class Optim(Section):
     warmup_epochs: Count = Field(0, description="epochs of linear warm-up of the learning rate")
     clip_norm: AboveZero | None = Field(None, description="largest gradient norm; null: no clipping")
 
-    def scaled(self, batch_size: int) -> "Optim":
-        """With `lr` for batches of that size, over all processes."""
-        power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[self.lr_scaling]
-        return self.model_copy(update={"lr": self.lr * (batch_size / 256) ** power, "lr_scaling": "none"})
-
 
 class Trainer(Section):
     """How long, on what, and what is reported."""

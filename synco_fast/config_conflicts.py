@@ -113,8 +113,8 @@ def check_processes(config: "Config", processes: int) -> None:
             f"data.batch_size = {config.data.batch_size}: must be a multiple of {processes} processes x "
             f"trainer.accumulate = {config.trainer.accumulate}"
         ]
-    elif config.bn.mode == "shuffle" and processes == 1:
-        problems = ["bn.mode = shuffle: needs 2 or more processes; use split on one"]
+    elif config.bn.mode in ("shuffle", "sync") and processes == 1:
+        problems = [f"bn.mode = {config.bn.mode}: needs 2 or more processes; use split on one"]
     problems = problems or _group_conflicts(config, processes)
     if problems:
         plural = "" if processes == 1 else "es"

@@ -104,7 +104,7 @@ CONFIGURATIONS: list[tuple[list[str], tuple[str, ...]]] = [
     (NO_KIND, ("method synco", "method to moco")),
     # what this machine or this number of processes cannot do
     (["bn.mode=shuffle"], ("bn.mode = shuffle", "2 or more processes")),
-    (["bn.mode=sync"], ("bn.mode = sync", "GPU")),
+    (["bn.mode=sync"], ("bn.mode = sync", "2 or more processes")),
     *(([f"loss.backend={name}"], (f"loss.backend = {name}", why)) for name, why in backends().items() if why != "ok"),
     # beyond any address space, so that no machine tries
     (["queue.size=2147483632", "model.dim=32768"], ("out of memory", "queue.size = 2147483632")),

@@ -5,6 +5,12 @@ import math
 from synco_fast.config import Optim
 
 
+def scaled(optim: Optim, batch_size: int) -> Optim:
+    """With the `lr` that `lr_scaling` gives batches of that size, over all processes."""
+    power = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}[optim.lr_scaling]
+    return optim.model_copy(update={"lr": optim.lr * (batch_size / 256) ** power, "lr_scaling": "none"})
+
+
 def learning_rate(optim: Optim, epochs: int, epoch: int, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step.
 

@@ -19,7 +19,7 @@ from synco_fast.engine.distributed import Processes, gather_numbers
 from synco_fast.engine.metrics import MetricsLog, named
 from synco_fast.engine.probe import KnnProbe
 from synco_fast.engine.progress import TrainingProgress
-from synco_fast.engine.schedules import learning_rate
+from synco_fast.engine.schedules import learning_rate, scaled
 from synco_fast.engine.speed import Speed
 from synco_fast.engine.step import TrainStep
 from synco_fast.engine.stopping import Stop, agreed
@@ -57,7 +57,7 @@ class Trainer:
         self.contrast, self.loader, self.probe = contrast, loader, probe
         self.train_step = TrainStep(config, processes, contrast, speed)
         self.hard = config.negatives.hard()
-        self._optim = config.optim.scaled(config.data.batch_size)
+        self._optim = scaled(config.optim, config.data.batch_size)
         # Of an epoch without bad files. Skipped files make the loader's epochs shorter than that, so `batch.epoch`,
         # which decides on warm-up and stands in the rows, may run a little ahead of what the schedule goes by.
         self.steps_per_epoch = loader.steps_per_epoch

@@ -171,8 +171,8 @@ def test_a_process_that_is_killed(mode: str, config: Path, images: Path, tmp_pat
 
 
 def test_another_number_of_processes(config: Path, images: Path, tmp_path: Path) -> None:
-    """SIGUSR1 to one of two processes within an epoch: both stop at the same step, torchrun starts neither again, and one
-    process goes on at the next. Every image has its place whatever the number of processes, so each is seen once."""
+    """SIGUSR1 to one of two processes within an epoch: both stop at the same step, torchrun starts neither again, and
+    one process goes on at the next. Every image has its place whatever the number of processes."""
     words = command(config, images, tmp_path / "run", "bn.group_size=4")
     launched = Launched(words, 2, restarts=3)
     launched.wait_for("step 8/")

@@ -67,6 +67,7 @@ def test_plain_and_split_on_one_process() -> None:
     assert split.mean() < 0.02 and abs(excess(split, split_elsewhere)) < 4
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_plain_shuffle_and_sync_on_four_processes(tmp_path: Path) -> None:
     """`sync` leaks, too: its statistics are shared by more images, and by query and key all the same."""

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from synco_fast.config import Optim
-from synco_fast.engine.schedules import learning_rate
+from synco_fast.engine.schedules import learning_rate, scaled
 
 
 def rate(optim: Optim, epoch: int, step: int = 0) -> float:
@@ -33,3 +33,12 @@ def test_warm_up_rises_by_steps_to_the_full_rate() -> None:
     assert rate(optim, 9, 9) == pytest.approx(1.0)
     assert rate(optim, 10) == pytest.approx(1.0)
     assert rate(optim, 105) == pytest.approx(0.5)
+
+
+def test_rates_scale_with_the_batch_as_asked() -> None:
+    """A rate is for 256 images: a quarter and four times as many."""
+    for scaling, quarter, fourfold in (("none", 1, 1), ("linear", 1 / 4, 4), ("sqrt", 1 / 2, 2)):
+        optim = Optim(lr=0.03, lr_scaling=scaling)  # type: ignore[arg-type]
+        assert scaled(optim, 64).lr == pytest.approx(0.03 * quarter)
+        assert scaled(optim, 1024).lr == pytest.approx(0.03 * fourfold)
+        assert scaled(optim, 256).lr == 0.03 and scaled(scaled(optim, 64), 64) == scaled(optim, 64)
