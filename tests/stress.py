@@ -12,14 +12,16 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from synco_fast.files import write_text_atomically
+from synco_fast.files import read_json_lines, write_text_atomically
 from tests import fuzz
 from tests.campaign import campaign
 from tests.conftest import REPOSITORY, TINY, environment, write_images
@@ -147,6 +149,48 @@ class Kills:
         assert not list(killed.rglob(".*.tmp")), "stray temporary files"
 
 
+def soak(steps: int) -> None:
+    """One run of so many steps, with checkpoints and evaluations: what it holds at its end is what it held early on."""
+
+    def run(_: int) -> None:
+        folder = FOLDER / "soak"
+        shutil.rmtree(folder, ignore_errors=True)
+        for label in range(2):
+            write_images(folder / "images" / "train" / f"class{label}", 50, seed=label)
+            write_images(folder / "images" / "val" / f"class{label}", 10, seed=2 + label)
+        (folder / "tiny.yaml").write_text(TINY)
+        settings = [f"trainer.epochs={steps // 6 + 1}", f"trainer.max_steps={steps}", "trainer.log_every=25"]
+        settings += ["checkpoint.every_epochs=10", "knn.every_epochs=10"]
+        options = [part for setting in settings for part in ("--set", setting)]
+        command = pretrain_command(folder / "tiny.yaml", folder / "images", folder / "run", *options)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+        assert process.stderr is not None
+        memory, handles = [], []
+        for line in process.stderr:
+            if line.startswith("step "):
+                memory.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]))
+                handles.append(len(os.listdir(f"/proc/{process.pid}/fd")))
+        assert process.wait() == 0
+        rates = [
+            row["timing"]["images_per_second"]
+            for row in read_json_lines(folder / "run" / "metrics.jsonl")
+            if row["kind"] == "train"
+        ]
+        fifth = len(memory) // 5
+        early, late = (statistics.median(part) for part in (memory[fifth : 2 * fifth], memory[-fifth:]))
+        first, second = (
+            statistics.quantiles(part, n=5) for part in (rates[fifth : len(rates) // 2], rates[len(rates) // 2 :])
+        )
+        print(
+            f"resident {early} and {late} pages, handles {handles[fifth]} and {handles[-1]}, images/s {first}, {second}"
+        )
+        assert late <= 1.02 * early, f"resident memory grew from {early} to {late} pages"
+        assert max(handles[-fifth:]) <= max(handles[fifth : 2 * fifth]), "file handles grew"
+        assert statistics.median(second) >= first[0], f"images/s fell from {first} to {second} (p20, p40, p60, p80)"
+
+    Stage(f"soak, {steps} steps", 1).run(run)
+
+
 RANDOM_CALLS: dict[str, tuple[str, dict[str, str]]] = {
     "cpu backend: random calls": ("tests/ops/test_fused.py::test_random_calls", {}),
     "cuda backend in the emulator: random calls": ("tests/simt/test_infonce.py::test_random_calls", {}),
@@ -217,6 +261,7 @@ def main() -> None:
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
     parser.add_argument("--damaged", type=int, default=2000, help="checkpoints, and shards")
+    parser.add_argument("--soak", type=int, default=5000, help="steps of one run")
     parser.add_argument("--steps", type=int, default=200, help="of the fast step beside the plain one")
     parser.add_argument("--hostile", type=int, default=500)
     arguments = parser.parse_args()
@@ -231,6 +276,7 @@ def main() -> None:
     hostile_files(arguments.hostile)
     trajectories(arguments.steps)
     Kills(arguments.kills).run()
+    soak(arguments.soak)
     for processes in (2, 4):
         Kills(arguments.worker_kills, processes).run()
 

@@ -121,7 +121,7 @@ def test_a_folder_made_read_only(config: Path, images: Path, tmp_path: Path, und
 def test_waiting_for_data(config: Path, images: Path, tmp_path: Path) -> None:
     """Files that never end, as on a file system that hangs: the process ends and says in what, and where."""
     data = shutil.copytree(images / "train", tmp_path / "data")
-    words = command(config, data, tmp_path / "run", "trainer.stall_minutes=0.05")
+    words = command(config, data, tmp_path / "run", "trainer.stall_minutes=0.15")
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
     for line in process.stderr:
@@ -132,13 +132,13 @@ def test_waiting_for_data(config: Path, images: Path, tmp_path: Path) -> None:
         os.mkfifo(path)
     said = process.stderr.read()
     assert process.wait() == 1, said
-    assert "in waiting for data, for more than trainer.stall_minutes = 0.05" in said
+    assert "in waiting for data, for more than trainer.stall_minutes = 0.15" in said
     assert "rank 0 of 1 has been at step " in said and "most recent call first" in said
 
 
 def test_a_process_that_hangs(config: Path, images: Path, tmp_path: Path) -> None:
     """SIGSTOP to rank 1: rank 0 says that it does not answer, and ends."""
-    words = command(config, images, tmp_path / "run", "trainer.stall_minutes=0.05", "trainer.epochs=1000")
+    words = command(config, images, tmp_path / "run", "trainer.stall_minutes=0.15", "trainer.epochs=1000")
     launched = Launched(words, 2)
     launched.wait_for("step 3/")
     stopped = launched.workers()[1]
