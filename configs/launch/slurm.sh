@@ -16,13 +16,16 @@ config=$1 data=$2 output=$3
 shift 3
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \
+rm -f "$output/status.json" # of the job before
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds that torchrun waits for the last checkpoint
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" --max-restarts=3 \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:29500" \
     -m synco_fast pretrain "$config" --data "$data" --set output="$output" --resume auto "$@" &
 run=$!
 
 # SLURM sends SIGUSR1 to this script 300 seconds before the time is over, and SIGTERM when it takes the nodes.
-trap 'kill -TERM "$run"' USR1 TERM
+# srun would end its tasks at once for a SIGTERM of its own, so it goes to them.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1 TERM
 code=0
 wait "$run" || code=$?
 while kill -0 "$run" 2>/dev/null; do # a signal ends a wait, and not what it waits for

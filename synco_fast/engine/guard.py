@@ -59,6 +59,6 @@ class NonFiniteGuard:
         return {"count": int(self._count)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting: what was found then has been told."""
-        self._told = min(int(state["count"]), self.limit + 1)
+        """Go on counting: what was found then has been told. If the limit is lower now, the next one is too many."""
+        self._told = min(int(state["count"]), self.limit)
         self._count.fill_(self._told)

@@ -39,13 +39,22 @@ class Lars(torch.optim.SGD):
 def build(optim: Optim, parameters: Iterable[nn.Parameter], *, apex: bool = False) -> torch.optim.Optimizer:
     """The configured optimizer; `apex`: NVIDIA's fused SGD. All of them can leave out a step without a host sync."""
     if optim.name == "lars":
-        return Lars(parameters, optim.lr, optim.momentum, optim.weight_decay, optim.trust)
+        return _with_momentum(Lars(parameters, optim.lr, optim.momentum, optim.weight_decay, optim.trust))
     settings: dict[str, Any] = {"lr": optim.lr, "momentum": optim.momentum, "weight_decay": optim.weight_decay}
     if apex:
         from apex.optimizers import FusedSGD
 
         return FusedSGD(parameters, **settings)
-    return torch.optim.SGD(parameters, **settings, fused=True)
+    return _with_momentum(torch.optim.SGD(parameters, **settings, fused=True))
+
+
+def _with_momentum(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Momentum of 0 where there is none: a first step that is left out would leave torch's as memory was."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float, on_device: Tensor | None) -> None:
@@ -72,6 +81,8 @@ def fit_momentum(optimizer: torch.optim.Optimizer) -> None:
         if momentum.shape != parameter.shape:
             raise ValueError(f"momentum of shape {list(momentum.shape)} for {list(parameter.shape)}")
         kept["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False).copy_(momentum)
+    if isinstance(optimizer, torch.optim.SGD):
+        _with_momentum(optimizer)
 
 
 def step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:

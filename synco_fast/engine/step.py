@@ -70,6 +70,31 @@ class TrainStep:
         optim.set_rate(self.optimizer, lr, self._lr)
         self._run([*views] if labels is None else [*views, labels], hard)
 
+    def settle(self, images: Tensor) -> None:
+        """Have DDP lay out its buckets as it will keep them: it does so by the order of a first backward pass.
+
+        The layout decides in which order gradients of three processes or more are summed, so a run that goes on would
+        otherwise take its first step with other roundings than one that was never stopped. Nothing of this pass stays.
+
+        Args:
+            images: (n, 3, H, W) on the device, any, the same on every process.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
+            return
+        before = [(rows, rows.clone()) for rows in self.contrast.buffers()]
+        labels = (
+            [] if self.contrast.queue.labels is None else [torch.zeros_like(self.contrast.queue.labels[: len(images)])]
+        )
+        for _ in range(2):  # of a static graph, the first pass is unlike all others
+            with self._precision():
+                view = self._images(images)
+                contrast = self.model(view, view, HardNegatives.none(), self._step, 0, 0, *labels)
+            contrast.result.loss.backward()
+        for parameter in self._parameters:
+            parameter.grad = None
+        for rows, kept in before:
+            rows.copy_(kept)
+
     def _step_on_device(self, inputs: Sequence[Tensor], hard: HardNegatives) -> None:
         """All of a step that is the device's work: what a CUDA graph can hold. Inputs: two views, perhaps labels."""
         with stage("momentum update"):

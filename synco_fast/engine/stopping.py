@@ -46,9 +46,14 @@ class Stop:
         return agreed(self._processes, agree, self.asked)[0]
 
     def tell_launcher(self) -> None:
-        """Have torchrun stop, too, where it would start this process again, and is not what asked to stop."""
+        """Have torchrun stop, too, where it would start this process again, and is not what asked to stop.
+
+        For the very end of this process: torchrun then sends SIGTERM to all of its own, which are ending anyway.
+        """
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and self._number != signal.SIGTERM:
-            os.kill(os.getppid(), signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if os.environ.get("LOCAL_RANK") == "0":
+                os.kill(os.getppid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
         # A second Ctrl-C means now. A second SIGTERM means nothing: schedulers and torchrun send one each.

@@ -101,13 +101,21 @@ class Trainer:
             with self._stop, self._watchdog, self._told():
                 self._loop()
                 self._finish()
+        except Interrupted:
+            self._close()
+            self._stop.tell_launcher()
+            raise
         finally:
-            progress.close()
-            self.loader.close()
-            if self._writer is not None:
-                self._writer.wait()
-            if self._metrics is not None:
-                self._metrics.close()
+            self._close()
+
+    def _close(self) -> None:
+        """Whatever a run has open; also twice."""
+        self._progress.close()
+        self.loader.close()
+        if self._writer is not None:
+            self._writer.wait()
+        if self._metrics is not None:
+            self._metrics.close()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -130,6 +138,7 @@ class Trainer:
                 write_text_atomically(self.output / "status.json", json.dumps(content) + "\n")
 
     def _loop(self) -> None:
+        self._settle()
         clock = Clock(self.config.data.batch_size)
         first = self.step
         if self.total_steps == 0 and self.step == 0:
@@ -165,8 +174,13 @@ class Trainer:
                 self.save(keep_as_epoch=self._epoch_to_keep(epoch, inside, last))
             if stop and not last:
                 self._finish()
-                self._stop.tell_launcher()
                 raise Interrupted(f"stopped after step {self.step}; go on with --resume auto")
+
+    def _settle(self) -> None:
+        config, device = self.config, self.processes.device
+        samples = config.data.batch_size // self.processes.world_size // config.trainer.accumulate
+        noise = torch.rand(samples, 3, *2 * (config.data.image_size,), generator=torch.Generator().manual_seed(0))
+        self.train_step.settle(noise.to(device, memory_format=torch.channels_last))
 
     def take_step(self, batch: Batch) -> None:
         """One optimizer step on a batch."""

@@ -1,5 +1,6 @@
 """Writing checkpoints beside training: each is whole or absent, and one that cannot be written costs no other."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failed: UserError | None = None
         for stray in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            stray.unlink()
+            with contextlib.suppress(OSError):
+                stray.unlink()
 
     def save(self, state: dict[str, Any], *, keep_as_epoch: int | None) -> None:
         """Write a state beside whatever comes next; with `keep_as_epoch`, for good under that epoch's name, too."""
@@ -78,10 +80,11 @@ class CheckpointWriter:
                 link(path, self._folder / checkpoints.epoch_name(keep_as_epoch))
             symlink(path.name, self._folder / checkpoints.LATEST)
             self._failed = None
-            self._let_go(state["step"])
-        except UserError as error:
-            self._failed = error
-            self._warn(f"warning: {error}; the run goes on, and its last good checkpoint stays")
+            with contextlib.suppress(OSError):  # another time, then
+                self._let_go(state["step"])
+        except Exception as error:  # of a thread, nobody else would hear
+            self._failed = error if isinstance(error, UserError) else UserError(f"a checkpoint failed: {error!r}")
+            self._warn(f"warning: {self._failed}; the run goes on, and its last good checkpoint stays")
 
     def _let_go(self, step: int) -> None:
         """Remove all but the newest up to this step. Those beyond it are of a run that went on from before them."""

@@ -77,7 +77,7 @@ def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, st
 def _share(samples: int, processes: int, giver: int, taker: int) -> int:
     """How many of its samples one process gives to another; each gives and takes as many as it has."""
     equal, rest = divmod(samples, processes)
-    return equal + ((taker - giver) % processes < rest)
+    return equal + ((taker - giver - 1) % processes < rest)
 
 
 def _exchange(rows: Tensor, given: list[int], taken: list[int]) -> Tensor:

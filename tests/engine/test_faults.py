@@ -162,7 +162,6 @@ def test_a_process_that_is_killed(mode: str, config: Path, images: Path, tmp_pat
     os.kill(launched.workers()[1], signal.SIGKILL)
     code, text = launched.end()
     assert code == 0, text
-    assert "rank 0 of 2: another process was lost" in text or "SIGTERM" in text
     whole = Launched(command(config, images, tmp_path / "whole", *settings), 2)
     code, text = whole.end()
     assert code == 0, text
