@@ -102,3 +102,21 @@ def test_a_run_that_diverges_in_spite_of_a_limit(images: Path, tiny: Path, tmp_p
     done = call(*pretrain_command(tiny, images, tmp_path / "run", *words)[3:])
     assert done.code == 1 and ", after 2 such steps that were left out" in done.err and "Traceback" not in done.err
     assert len(list((tmp_path / "run").glob("nonfinite-step-*.json"))) == 3
+
+
+def test_a_first_step_that_is_left_out_leaves_momentum_at_0() -> None:
+    """torch would make it of memory as it was, and go on from there."""
+    step = build(small_config(trainer={"skip_nonfinite": 1}))
+    bad_step(step, 0)
+    kept = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    assert len(kept) == len(list(step.contrast.query_encoder.parameters()))
+    assert all(bool((momentum == 0).all()) for momentum in kept)
+
+
+def test_a_lower_limit_than_there_were_bad_steps() -> None:
+    """The next one is too many, and is told."""
+    guard = NonFiniteGuard(1, 1, torch.device("cpu"))
+    guard.load_state_dict({"count": 5})
+    assert guard.found() == [] and not guard.exhausted
+    guard.watch(NAN, FINE, torch.tensor(9), torch.ones(1))
+    assert guard.found() == [(9, [1.0])] and guard.exhausted
