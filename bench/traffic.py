@@ -10,14 +10,15 @@ from torch import nn
 
 from synco_fast.config import DTYPES, Config, parse
 from synco_fast.models.encoders import Encoder
+from synco_fast.models.shuffle import share
 
 _FLOAT = 4
 
 
 def sent(config: Config, processes: int) -> dict[str, float]:
     """Bytes of one step by what they are for, of each of `processes` processes on CPUs."""
-    data, share = config.data, (processes - 1) / processes
-    samples, ring = data.batch_size / processes, 2 * share
+    data, samples = config.data, config.data.batch_size // processes
+    ring = 2 * (processes - 1) / processes
     bf16 = config.trainer.precision == "bf16"
     encoder = Encoder(config.model.arch, stem=config.model.stem, dim=config.model.dim, mlp=config.model.mlp)
     found = {
@@ -28,8 +29,9 @@ def sent(config: Config, processes: int) -> dict[str, float]:
     }
     if config.bn.mode == "shuffle":
         pixel = 2 if bf16 else DTYPES[data.dtype].itemsize
-        found["images"] = share * samples * 3 * data.image_size**2 * pixel
-        found["keys on their way back"] = share * samples * config.model.dim * (2 if bf16 else _FLOAT)
+        moved = samples - share(samples, processes, 0, 0)
+        found["images"] = moved * 3 * data.image_size**2 * pixel
+        found["keys on their way back"] = moved * config.model.dim * (2 if bf16 else _FLOAT)
     if config.bn.mode == "sync":
         channels = sum(layer.num_features for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d))
         # Means and variances: forward of queries and of keys, and backward of queries.

@@ -64,8 +64,8 @@ def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, st
     if torch.is_autocast_enabled(device):  # as the first convolution would, but before they are sent
         images = images.to(torch.get_autocast_dtype(device))
     samples, processes, rank = len(images), dist.get_world_size(), dist.get_rank()
-    given = [_share(samples, processes, rank, other) for other in range(processes)]
-    taken = [_share(samples, processes, other, rank) for other in range(processes)]
+    given = [share(samples, processes, rank, other) for other in range(processes)]
+    taken = [share(samples, processes, other, rank) for other in range(processes)]
     order = key_permutation(samples, seed, step, micro_batch, first=rank * samples)
     dealt = _take(images, order).permute(0, 2, 3, 1)  # rows of pixels, as channels-last images lie in memory
     batch = _exchange(dealt, given, taken).permute(0, 3, 1, 2)
@@ -74,10 +74,13 @@ def encode_shuffled_over_processes(encode: Encode, images: Tensor, seed: int, st
     return _exchange(encode(batch), taken, given)[torch.argsort(order)]
 
 
-def _share(samples: int, processes: int, giver: int, taker: int) -> int:
-    """How many of its samples one process gives to another; each gives and takes as many as it has."""
+def share(samples: int, processes: int, giver: int, taker: int) -> int:
+    """How many of its samples one process gives to another; each gives and takes as many as it has.
+
+    Of a rest that does not divide, it keeps one, so that it sends (processes - 1) / processes of its samples at most.
+    """
     equal, rest = divmod(samples, processes)
-    return equal + ((taker - giver - 1) % processes < rest)
+    return equal + ((taker - giver) % processes < rest)
 
 
 def _exchange(rows: Tensor, given: list[int], taken: list[int]) -> Tensor:
