@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from synco_fast.config import DTYPES, Config, parse
+from synco_fast.config import Config, parse
 from synco_fast.models.encoders import Encoder
 from synco_fast.models.shuffle import share
 
@@ -28,7 +28,7 @@ def sent(config: Config, processes: int) -> dict[str, float]:
         "control": ring * 3 * _FLOAT,
     }
     if config.bn.mode == "shuffle":
-        pixel = 2 if bf16 else DTYPES[data.dtype].itemsize
+        pixel = 2 if bf16 else _FLOAT  # they are what the first convolution takes
         moved = samples - share(samples, processes, 0, 0)
         found["images"] = moved * 3 * data.image_size**2 * pixel
         found["keys on their way back"] = moved * config.model.dim * (2 if bf16 else _FLOAT)

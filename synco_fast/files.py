@@ -32,12 +32,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def symlink(target: str, path: Path) -> None:
-    """Have `path` be a symbolic link to a name in its own folder, in place of what it was.
+    """Have `path` be a symbolic link to a name in its own folder, in place of what it was; a copy where there are none.
 
     Raises:
         UserError: it cannot be made; what was there before is untouched.
     """
-    _put(path, lambda temporary: temporary.symlink_to(target))
+    _put(path, lambda temporary: _link_or_copy(temporary, path.parent / target, lambda: temporary.symlink_to(target)))
 
 
 def link(source: Path, path: Path) -> None:
@@ -46,16 +46,19 @@ def link(source: Path, path: Path) -> None:
     Raises:
         UserError: it cannot be made; what was there before is untouched.
     """
+    _put(path, lambda temporary: _link_or_copy(temporary, source, lambda: temporary.hardlink_to(source)))
 
-    def make(temporary: Path) -> None:
-        try:
-            temporary.hardlink_to(source)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
-                raise
-            shutil.copyfile(source, temporary)
 
-    _put(path, make)
+def _link_or_copy(path: Path, source: Path, make: Callable[[], object]) -> None:
+    try:
+        make()
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
+            raise
+        with source.open("rb") as original, path.open("xb") as copy:
+            shutil.copyfileobj(original, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def _put(path: Path, make: Callable[[Path], object]) -> None:
@@ -128,11 +131,9 @@ def sha256(path: Path) -> str:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines; a last line cut short by a crash is left out."""
+    """Rows (objects) of a file of JSON lines; what is none, as a last line cut short by a crash, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [row for row in rows if isinstance(row, dict)]

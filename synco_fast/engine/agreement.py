@@ -29,10 +29,10 @@ def check_start(processes: Processes, facts: Mapping[str, str]) -> None:
     everybody = [json.loads(bytes(row)) for row in numbers]
     problems = []
     for name in facts:
-        usual, others = _split([row[name] for row in everybody])
+        usual, most, others = _split([row[name] for row in everybody])
         for rank in others:
             place = f"rank {rank} (host {everybody[rank]['host']})"
-            problems.append(f"{name}: {everybody[rank][name]} on {place}, {usual} on most")
+            problems.append(f"{name}: {everybody[rank][name]} on {place}, {usual} on {most}")
     if problems:
         raise listing(f"the {processes.world_size} processes cannot work together; start them alike", problems)
 
@@ -62,23 +62,23 @@ class Fingerprint:
             return
         mine = torch.stack([torch.stack([_sum_of_bits(rows) for rows in part]).sum() for part in self._parts.values()])
         table = all_gather_rows(mine[None]).T.tolist()
-        problems = [
-            f"{name}: rank {rank} has other bits than most"
-            for name, sums in zip(self._parts, table, strict=True)
-            for rank in _split(sums)[1]
-        ]
+        problems = []
+        for name, sums in zip(self._parts, table, strict=True):
+            _, most, others = _split(sums)
+            problems += [f"{name}: rank {rank} has other bits than {most}" for rank in others]
         if problems:
             raise listing(
                 f"after step {step} the processes no longer have the same model: no checkpoint is written of it; go on "
-                f"with --resume auto, and where it happens again, without the machine named",
+                f"with --resume auto, and where it happens again, without the machine that differs from most",
                 problems,
             )
 
 
-def _split(values: Sequence[Any]) -> tuple[Any, list[int]]:
-    """The commonest value, of equals the first, and the places of all others."""
-    usual = Counter(values).most_common(1)[0][0]
-    return usual, [i for i, value in enumerate(values) if value != usual]
+def _split(values: Sequence[Any]) -> tuple[Any, str, list[int]]:
+    """The value of more than half, or else of the first; who has it, in words; and the places of all others."""
+    usual, count = Counter(values).most_common(1)[0]
+    usual, who = (usual, "most") if 2 * count > len(values) else (values[0], "rank 0")
+    return usual, who, [i for i, value in enumerate(values) if value != usual]
 
 
 def _sum_of_bits(rows: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def newest(output: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str,
         last = step_of(Path(os.path.realpath(latest)))
         steps = {found: path for path in latest.parent.iterdir() if (found := step_of(path)) is not None}
         before = [steps[step] for step in sorted(steps, reverse=True) if last is None or step < last]
-        for path in [*before, *sorted(latest.parent.glob("epoch-*.pt"), reverse=True)]:
+        for path in [*before, *_epochs_back(latest.parent)]:
             with contextlib.suppress(UserError):
                 content = read(path)
                 if last is not None and content.get("step", 0) > last:
@@ -112,6 +112,11 @@ def newest(output: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str,
                 warn(f"warning: {error}. Going on from the one before, {path}, in its place")
                 return path, content
         raise
+
+
+def _epochs_back(folder: Path) -> list[Path]:
+    """Checkpoints that are kept for good, the latest first."""
+    return sorted(folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def load(path: Path) -> dict[str, Any]:

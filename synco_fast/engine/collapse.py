@@ -20,7 +20,7 @@ def spread_and_rank(rows: Tensor, pointer: Tensor, count: int) -> dict[str, floa
     """
     places = (pointer - 1 - torch.arange(min(_NEWEST, len(rows), count), device=rows.device)) % len(rows)
     keys = rows[places].double()
-    variances = torch.linalg.svdvals(keys - keys.mean(dim=0)).square() / len(keys)
+    variances = torch.linalg.eigvalsh(keys.T.cov(correction=0)).clamp(min=0)
     shares = variances / variances.sum()
     rank = torch.exp(torch.special.entr(shares).sum())
     return {"key_spread": float(variances.sum().sqrt()), "key_rank": float(rank.nan_to_num(1.0))}

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from synco_fast.engine.distributed import reduce_mean
 from synco_fast.errors import UserError
-from synco_fast.files import read_json_lines, write_text_atomically
+from synco_fast.files import read_json_lines, write_atomically, write_text_atomically
 from synco_fast.ops import HardNegatives, InfoNCE, stat_names
 
 
@@ -113,7 +113,7 @@ class MetricsLog:
     Args:
         folder: of the run.
         step: rows beyond it belong to work that will be done again, and are dropped.
-        warn: told what cannot be written later.
+        warn: told what is damaged there, and what cannot be written later.
 
     Raises:
         UserError: they cannot be written there.
@@ -122,13 +122,15 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int, warn: Callable[[str], object]) -> None:
         check_place(folder)
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_json_lines(self.path) if row["step"] <= step] if self.path.exists() else []
-        write_text_atomically(self.path, "".join(map(_line, kept)))
         self._warn = warn
-        self._rows = b""  # not written yet
+        kept = [row for row in self._read() if row["step"] <= step]
+        write_text_atomically(self.path, "".join(map(_line, kept)))
+        self._safe = self.path.stat().st_size  # bytes that are on disk
+        self._rows = b""  # what comes after them
+        self._written = 0  # bytes of it that the system has taken
         self._lock = threading.Lock()
         try:
-            self._file = self.path.open("ab", buffering=0)
+            self._file = self.path.open("r+b", buffering=0)
             self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         except OSError as error:
             raise UserError(f"{folder}: cannot write metrics there: {error.strerror}") from error
@@ -136,12 +138,12 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Add a row. What cannot be written waits for the next, and no checkpoint is written before it."""
         with self._lock:
-            first = not self._rows
+            waiting = self._written < len(self._rows)
             self._rows += _line(row).encode()
             try:
                 self._drain()
             except OSError as error:
-                if first:
+                if not waiting:
                     self._warn(f"warning: {self.path}: cannot write it: {error.strerror}; its rows wait in memory")
         self._draw(row)
 
@@ -154,9 +156,13 @@ class MetricsLog:
         try:
             with self._lock:
                 self._drain()
+                size = len(self._rows)
             os.fsync(self._file.fileno())
         except OSError as error:
+            self._written = 0  # a system forgets what a disk has not taken, and says so once
             raise UserError(f"{self.path}: cannot write it: {error.strerror}") from error
+        with self._lock:
+            self._rows, self._safe, self._written = self._rows[size:], self._safe + size, self._written - size
 
     def close(self) -> None:
         self._file.close()
@@ -164,9 +170,23 @@ class MetricsLog:
             if self._board is not None:
                 self._board.close()
 
+    def _read(self) -> list[dict[str, Any]]:
+        """The rows of an earlier start. A last line without an end was cut short by a crash; others are damaged."""
+        if not self.path.exists():
+            return []
+        rows = [row for row in read_json_lines(self.path) if isinstance(row.get("step"), int) and "kind" in row]
+        content = self.path.read_bytes()
+        lost = content.count(b"\n") - len(rows)
+        if lost > 0:
+            copy = self.path.with_suffix(".damaged.jsonl")
+            write_atomically(copy, lambda file: file.write(content))
+            self._warn(f"warning: {self.path}: {lost} damaged lines are left out; {copy} is the file as it was")
+        return rows
+
     def _drain(self) -> None:
-        while self._rows:
-            self._rows = self._rows[self._file.write(self._rows) :]
+        while self._written < len(self._rows):
+            rest, place = self._rows[self._written :], self._safe + self._written
+            self._written += os.pwrite(self._file.fileno(), rest, place)
 
     def _draw(self, row: dict[str, Any]) -> None:
         """For TensorBoard, which is done without once it cannot be written: metrics.jsonl has it all."""

@@ -104,7 +104,7 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
             checkpoints.check_same_run(state, path, config, data)
         else:
             theirs = _theirs(content, path, config)
-    check_start(processes, _facts(config, processes, index, content))
+    check_start(processes, _facts(config, processes, speed, index, content))
 
     speeds.choose_algorithms(processes.device, config.trainer.deterministic)
     contrast = speeds.apply(speed, build_contrast(config, processes))
@@ -123,7 +123,9 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     return trainer
 
 
-def _facts(config: Config, processes: Processes, index: Index, content: dict[str, Any]) -> dict[str, str]:
+def _facts(
+    config: Config, processes: Processes, speed: speeds.Speed, index: Index, content: dict[str, Any]
+) -> dict[str, str]:
     """What must be the same for every process of a run."""
     settings = flatten(config.model_dump())
     for place in ("output", "data.root"):
@@ -132,6 +134,8 @@ def _facts(config: Config, processes: Processes, index: Index, content: dict[str
         "synco-fast": __version__,
         "torch": torch.__version__,
         "device": processes.device.type,
+        "speed": ", ".join(f"{name} {value}" for name, value in vars(speed).items()),
+        "backends of the op": ", ".join(name for name, state in backends().items() if state == "ok"),
         "processes on the host": os.environ.get("LOCAL_WORLD_SIZE", "1"),
         "configuration": hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12],
         "data set": f"{len(index)} images, digest {index.digest[:12]}",

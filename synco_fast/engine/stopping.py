@@ -48,11 +48,13 @@ class Stop:
     def tell_launcher(self) -> None:
         """Have torchrun stop, too, where it would start this process again, and is not what asked to stop.
 
-        For the very end of this process: torchrun then sends SIGTERM to all of its own, which are ending anyway.
+        For the very end of this process, within its `with`: torchrun then sends SIGTERM to all of its own, which are
+        ending anyway and must not die of it. All processes call it.
         """
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and self._number != signal.SIGTERM:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if os.environ.get("LOCAL_RANK") == "0":
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+            self._handlers[signal.SIGTERM] = signal.SIG_IGN  # from the end of the `with` on
+            self._processes.barrier()  # nobody is still in the step that wrote the checkpoint
+            if self._number != signal.SIGTERM and os.environ.get("LOCAL_RANK") == "0":
                 os.kill(os.getppid(), signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:

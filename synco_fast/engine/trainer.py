@@ -97,16 +97,17 @@ class Trainer:
         self.loader.bad.on_skip = progress.warn
         if self.probe is not None:
             self.probe.on_skip = progress.warn
-        try:
-            with self._stop, self._watchdog, self._told():
-                self._loop()
-                self._finish()
-        except Interrupted:
-            self._close()
-            self._stop.tell_launcher()
-            raise
-        finally:
-            self._close()
+        with self._watchdog, self._stop:
+            try:
+                with self._told():
+                    self._loop()
+                    self._finish()
+            except Interrupted:
+                self._close()
+                self._stop.tell_launcher()
+                raise
+            finally:
+                self._close()
 
     def _close(self) -> None:
         """Whatever a run has open; also twice."""
@@ -233,11 +234,12 @@ class Trainer:
         self._watchdog.at("training", self.step)
 
     def _finish(self) -> None:
-        """Wait until the last checkpoint is written; all processes call it."""
+        """Wait until the last checkpoint is written; all processes call it, and all fail where it could not be."""
         self._watchdog.at("writing a checkpoint", self.step)
-        if self._writer is not None:
-            self._writer.finish()
-        self.processes.barrier()
+        error = None if self._writer is None else self._writer.finish()
+        failed = agreed(self.processes, True, error is not None)[0]
+        if failed:
+            raise error or UserError("the last checkpoint could not be written; rank 0 says why")
 
     def _minutes_are_over(self) -> bool:
         minutes = self.config.checkpoint.every_minutes
@@ -309,24 +311,28 @@ class Trainer:
         guard = self.train_step.guard
         for step, values in guard.found():
             epoch, samples = self._unchecked[step]
-            path = self._write_evidence(step, epoch, values, all_gather_rows(samples.to(self.processes.device)))
+            written = self._write_evidence(step, epoch, values, all_gather_rows(samples.to(self.processes.device)))
             bad = f"the loss or a gradient was not finite at step {step} (epoch {epoch})"
-            self._progress.say(f"warning: {bad}; {path} has its metrics and image files")
+            self._progress.say(f"warning: {bad}; {written}")
         self._unchecked.clear()
         if guard.exhausted:
             many = "" if guard.limit == 0 else f", after {guard.limit} such steps that were left out"
             raise UserError(
-                f"{bad}{many}; updates were masked from then on. {path} has that step's metrics and image files. Start "
-                f"anew in another output folder with a lower optim.lr, a higher loss.temperature, or optim.clip_norm"
+                f"{bad}{many}; updates were masked from then on; {written}. Start anew in another output folder with a "
+                f"lower optim.lr, a higher loss.temperature, or optim.clip_norm"
             )
 
-    def _write_evidence(self, step: int, epoch: int, values: list[float], samples: Tensor) -> Path:
+    def _write_evidence(self, step: int, epoch: int, values: list[float], samples: Tensor) -> str:
+        """Write down a bad step; what to say of it."""
         path = self.output / f"nonfinite-step-{step}.json"
-        if self.processes.is_main:
-            metrics = named(self.train_step.meter.names, values)
-            evidence = {"step": step, "epoch": epoch, "metrics": metrics, "files": self.loader.files(samples)}
-            write_text_atomically(path, json.dumps(evidence, indent=1))
-        return path
+        metrics = named(self.train_step.meter.names, values)
+        evidence = {"step": step, "epoch": epoch, "metrics": metrics, "files": self.loader.files(samples)}
+        try:
+            if self.processes.is_main:
+                write_text_atomically(path, json.dumps(evidence, indent=1))
+        except UserError as error:
+            return f"its metrics were {metrics}, and {error}"
+        return f"{path} has its metrics and image files"
 
 
 class Clock:

@@ -53,8 +53,12 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._minutes is not None
         limit = 60 * self._minutes
+        looked = time.monotonic()
         while not self._stopped.wait(min(1.0, limit / 10)):
-            if time.monotonic() - self._since > limit:
+            before, looked = looked, time.monotonic()
+            if looked - before > limit / 2:  # this very process was stopped for that long, and now goes on
+                self._since = looked
+            if looked - self._since > limit:
                 self._report(min(10.0, limit / 2))
                 os._exit(EXIT_ERROR)
 
@@ -64,8 +68,12 @@ class Watchdog:
             f"error: rank {rank} of {many} has been at step {self._step}, in {self._what}, for more than "
             f"trainer.stall_minutes = {self._minutes:g}"
         ]
-        if many > 1:
-            lines += self._others(patience)
+        if many > 1:  # in a thread: torch's store may wait without a limit for a machine that is gone
+            found: list[str] = []
+            asking = threading.Thread(target=lambda: found.extend(self._others(patience)), daemon=True)
+            asking.start()
+            asking.join(3 * patience)
+            lines += found or ["the other ranks cannot be asked: no answer"]
         print("\n  ".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
 

@@ -53,15 +53,10 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=(state, keep_as_epoch, ready), name="checkpoint")
         self._thread.start()
 
-    def finish(self) -> None:
-        """Wait until the last one is written.
-
-        Raises:
-            UserError: it could not be.
-        """
+    def finish(self) -> UserError | None:
+        """Wait until the last one is written; the error if it could not be."""
         self.wait()
-        if self._failed is not None:
-            raise self._failed
+        return self._failed
 
     def wait(self) -> None:
         """Until nothing is being written."""

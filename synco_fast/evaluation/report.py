@@ -79,7 +79,7 @@ def read_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: not the folder of a run: it has no {name}")
     rows = read_json_lines(folder / "metrics.jsonl")
-    train = [row for row in rows if row["kind"] == "train"]
+    train = [row for row in rows if row.get("kind") == "train"]
     if not train:
         raise UserError(f"{folder}: nothing to report yet: metrics.jsonl has no row of training")
     views = folder / "views.png"
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
         config=config.load(folder / "config.yaml"),
         config_text=(folder / "config.yaml").read_text(encoding="utf-8"),
         train=train,
-        knn=[row for row in rows if row["kind"] == "knn"],
+        knn=[row for row in rows if row.get("kind") == "knn"],
         baselines=_json(folder / "baselines.json").get("accuracy", {}),
         environment=_json(folder / "environment.json"),
         views=views.read_bytes() if views.is_file() else None,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from synco_fast.engine.agreement import Fingerprint, check_start
+from synco_fast.engine.agreement import Fingerprint, _split, check_start
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.run import build_contrast
 from synco_fast.errors import UserError
@@ -58,6 +58,12 @@ def test_one_changed_bit_names_the_rank(tmp_path: Path) -> None:
         assert "after step 7" in found[name] and found[name].count("rank ") == 1
     for name in ("pointer", "rows exchanged"):
         assert "\n  queue: rank 1 has other bits than most" in found[name]
+
+
+def test_of_two_neither_is_blamed() -> None:
+    assert _split([5, 6]) == (5, "rank 0", [1])
+    assert _split([5, 6, 6, 5]) == (5, "rank 0", [1, 2])
+    assert _split([5, 6, 6]) == (6, "most", [0])
 
 
 def started(processes: Processes) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent, what is kept stays, and what cannot be written costs nothing that was."""
 
 import contextlib
+import errno
 import os
 import resource
 import time
@@ -109,8 +110,7 @@ def check_failed_write(writer: Writer, keep: int | None, reason: str) -> None:
     assert len(writer.said) == 1 and "the run goes on" in writer.said[0]
     assert f"step-00000020.pt: cannot write it: {reason}" in writer.said[0]
     assert {path.name: path.read_bytes() for path in writer.folder.iterdir()} == before and writer.latest() == 10
-    with pytest.raises(UserError, match=reason):
-        writer.finish()
+    assert reason in str(writer.finish())
 
 
 @pytest.mark.parametrize("keep", [None, 20])
@@ -118,7 +118,7 @@ def test_a_full_disk(keep: int | None, small_disk: Path) -> None:
     """And once there is room, the next one is written as if nothing had been."""
     writer = Writer(small_disk).saved(10)
     check_failed_write(writer, keep, "No space left on device")
-    writer.saved(30).finish()
+    assert writer.saved(30).finish() is None
     assert writer.latest() == 30
 
 
@@ -148,7 +148,7 @@ def test_stopped_between_two_names(place: str, tmp_path: Path) -> None:
     writer.saved(20, keep=20)
     assert f"{place}: cannot write it" in writer.said[0] and writer.latest() == 10
     in_the_way.rmdir()
-    writer.saved(20, keep=20).finish()
+    assert writer.saved(20, keep=20).finish() is None
     assert writer.latest() == 20 and (writer.folder / "epoch-0020.pt").samefile(writer.folder / "latest.pt")
 
 
@@ -199,6 +199,24 @@ def test_a_link_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "new").write_bytes(b"new")
     symlink("new", tmp_path / "latest.pt")
     assert (tmp_path / "latest.pt").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("lacks", ["symlink", "link"])
+def test_a_file_system_without_links(lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel answers for vfat: copies take their place, and what is gone back to is found all the same."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, lacks, refuse)
+    writer = Writer(tmp_path).saved(10).saved(20, keep=2)
+    assert writer.said == [] and writer.latest() == 20
+    assert writer.names() == {"step-00000010.pt", "step-00000020.pt", "epoch-0002.pt", "latest.pt"}
+    assert differences(checkpoints.load(writer.folder / "epoch-0002.pt"), state(20)) == []
+    for name in ("latest.pt", "step-00000020.pt", "epoch-0002.pt"):
+        (writer.folder / name).write_bytes(b"")
+    found = checkpoints.newest(tmp_path, print)
+    assert found is not None and found[1]["step"] == 10
 
 
 def test_kept_epochs(images: Path, tiny: Path, tmp_path: Path) -> None:

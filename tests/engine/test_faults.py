@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,14 @@ def bound_by_permissions() -> None:
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
+@contextlib.contextmanager
+def paused(process: "subprocess.Popen[str]") -> Iterator[None]:
+    """A run that does not get on meanwhile."""
+    process.send_signal(signal.SIGSTOP)
+    yield
+    process.send_signal(signal.SIGCONT)
+
+
 def run_and_break(words: list[str], fault: Callable[[], object]) -> str:
     """A run that has something happen to it at the eighth step, and fails in the end; what it said."""
     process = subprocess.Popen(
@@ -79,7 +87,8 @@ def run_and_break(words: list[str], fault: Callable[[], object]) -> str:
     for line in process.stderr:
         said.append(line)
         if line.startswith("step 8/"):
-            fault()
+            with paused(process):
+                fault()
     text = "".join(said)
     assert process.wait() == 1, text
     assert f"step {STEPS}/{STEPS}" in text and "warning: " in text and "the run goes on" in text
@@ -99,7 +108,7 @@ def test_a_disk_that_is_full(config: Path, images: Path, tmp_path: Path, undistu
 
         text = run_and_break(words, fill)
         assert text.splitlines()[-1].startswith("error: ") and "No space left on device" in text.splitlines()[-1]
-        assert 3 <= final_state(folder / "run")["step"] < 12
+        assert 3 <= final_state(folder / "run")["step"] < STEPS
         (folder / "filler").unlink()
         done = call(*words[len(SYNCO_FAST) :])
         assert done.code == 0, done.err
@@ -112,7 +121,7 @@ def test_a_folder_made_read_only(config: Path, images: Path, tmp_path: Path, und
     text = run_and_break(words, lambda: (output / "checkpoints").chmod(0o555))
     (output / "checkpoints").chmod(0o755)
     assert "Permission denied" in text.splitlines()[-1] and "Traceback" not in text
-    assert 3 <= final_state(output)["step"] < 12
+    assert 3 <= final_state(output)["step"] < STEPS
     done = call(*words[len(SYNCO_FAST) :])
     assert done.code == 0, done.err
     check_same(output, undisturbed)
@@ -121,15 +130,16 @@ def test_a_folder_made_read_only(config: Path, images: Path, tmp_path: Path, und
 def test_waiting_for_data(config: Path, images: Path, tmp_path: Path) -> None:
     """Files that never end, as on a file system that hangs: the process ends and says in what, and where."""
     data = shutil.copytree(images / "train", tmp_path / "data")
-    words = command(config, data, tmp_path / "run", "trainer.stall_minutes=0.15")
+    words = command(config, data, tmp_path / "run", "trainer.stall_minutes=0.15", "trainer.epochs=1000")
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 1/"):
             break
-    for path in data.rglob("*.jpg"):
-        path.unlink()
-        os.mkfifo(path)
+    with paused(process):
+        for path in data.rglob("*.jpg"):
+            path.unlink()
+            os.mkfifo(path)
     said = process.stderr.read()
     assert process.wait() == 1, said
     assert "in waiting for data, for more than trainer.stall_minutes = 0.15" in said
