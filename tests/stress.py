@@ -4,6 +4,7 @@ Progress is kept in runs/stress/progress.json. A stage that is done is written d
 """
 
 import argparse
+import collections
 import datetime
 import functools
 import json
@@ -25,6 +26,7 @@ from synco_fast.files import read_json_lines, write_text_atomically
 from tests import fuzz
 from tests.campaign import campaign
 from tests.conftest import REPOSITORY, TINY, environment, write_images
+from tests.damage import HOW, Scene
 from tests.engine.ranks import Launched
 from tests.engine.runs import differences, final_state, pretrain_command, rows
 from tests.engine.trajectories import compare
@@ -35,18 +37,24 @@ LEDGER = REPOSITORY / "docs" / "reliability.md"
 
 
 class Stage:
-    """Cases 0 .. count - 1 of one kind, `done` of which are behind us, with the findings so far."""
+    """Cases 0 .. count - 1 of one kind, `done` of which are behind us, with the findings so far.
+
+    A case that fails is a finding; one that returns a text is counted under it.
+    """
 
     def __init__(self, name: str, count: int) -> None:
         saved = json.loads(PROGRESS.read_text()).get(name, {}) if PROGRESS.exists() else {}
         self.name, self.count = name, count
         self.done, self.findings = saved.get("done", 0), saved.get("findings", [])
+        self.outcomes = collections.Counter(saved.get("outcomes", {}))
 
     def run(self, case: Callable[[int], object], at_once: int = 1) -> None:
         """`case` takes the number of a case, and runs that one and the at_once - 1 after it."""
         while self.done < self.count:
             try:
-                case(self.done)
+                outcome = case(self.done)
+                if isinstance(outcome, str):
+                    self.outcomes[outcome] += 1
             except Exception as error:  # whatever goes wrong is a finding, and the count goes on
                 self.findings.append(f"case {self.done}: {type(error).__name__} {str(error)[:100]!r}")
             self.done = min(self.done + at_once, self.count)
@@ -60,17 +68,18 @@ class Stage:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
         ).stdout.strip()
-        found = "; ".join(self.findings) or "none"
+        happened = [f"{count}: {text}" for text, count in sorted(self.outcomes.items())]
+        found = "; ".join(self.findings) or ". ".join(["none", *happened])
         row = f"| {datetime.date.today()} | {commit} | {self.name} | {self.count} | {found} |\n"
         with LEDGER.open("a", encoding="utf-8") as file:
             file.write(row)
         print(row, end="")
-        self.done, self.findings = 0, []
+        self.done, self.findings, self.outcomes = 0, [], collections.Counter()
         self._save()
 
     def _save(self) -> None:
         state = json.loads(PROGRESS.read_text()) if PROGRESS.exists() else {}
-        state[self.name] = {"done": self.done, "findings": self.findings}
+        state[self.name] = {"done": self.done, "findings": self.findings, "outcomes": self.outcomes}
         write_text_atomically(PROGRESS, json.dumps(state))
 
 
@@ -229,6 +238,16 @@ def random_calls(name: str, count: int, at_once: int = 100) -> None:
     Stage(name, count).run(run, at_once)
 
 
+def damaged_files(count: int) -> None:
+    """A file of a run that was stopped, cut or changed at so many random places, each gone on from to the end."""
+    folder = FOLDER / "damage"
+    shutil.rmtree(folder, ignore_errors=True)
+    scene = Scene(folder)
+    for file in ("checkpoint", "metrics", "shard"):
+        for how in HOW:
+            Stage(f"{file} {how}", count).run(functools.partial(getattr(scene, file), how))
+
+
 def slow_tests(_: int) -> None:
     """Those that `make test` leaves out: what is compiled against what is not."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow"]
@@ -261,6 +280,7 @@ def main() -> None:
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
     parser.add_argument("--damaged", type=int, default=2000, help="checkpoints, and shards")
+    parser.add_argument("--files", type=int, default=200, help="checkpoints, metrics, shards; cut, and changed")
     parser.add_argument("--soak", type=int, default=5000, help="steps of one run")
     parser.add_argument("--steps", type=int, default=200, help="of the fast step beside the plain one")
     parser.add_argument("--hostile", type=int, default=500)
@@ -273,6 +293,7 @@ def main() -> None:
     Stage("mutated configurations", arguments.config).run(fuzz.config_case)
     for name, case in (("checkpoints", fuzz.checkpoint_case), ("shards", fuzz.shard_case)):
         Stage(f"damaged {name}", arguments.damaged).run(functools.partial(case, folder=FOLDER))
+    damaged_files(arguments.files)
     hostile_files(arguments.hostile)
     trajectories(arguments.steps)
     Kills(arguments.kills).run()

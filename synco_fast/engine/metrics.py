@@ -113,17 +113,22 @@ class MetricsLog:
     Args:
         folder: of the run.
         step: rows beyond it belong to work that will be done again, and are dropped.
+        rows: how many there were up to it, as the checkpoint says; None: it does not.
         warn: told what is damaged there, and what cannot be written later.
+
+    Attributes:
+        count: rows in the file, or on their way to it.
 
     Raises:
         UserError: they cannot be written there.
     """
 
-    def __init__(self, folder: Path, step: int, warn: Callable[[str], object]) -> None:
+    def __init__(self, folder: Path, step: int, rows: int | None, warn: Callable[[str], object]) -> None:
         check_place(folder)
         self.path = folder / "metrics.jsonl"
         self._warn = warn
-        kept = [row for row in self._read() if row["step"] <= step]
+        kept = self._read(step, rows)
+        self.count = len(kept)
         write_text_atomically(self.path, "".join(map(_line, kept)))
         self._safe = self.path.stat().st_size  # bytes that are on disk
         self._rows = b""  # what comes after them
@@ -140,6 +145,7 @@ class MetricsLog:
         with self._lock:
             waiting = self._written < len(self._rows)
             self._rows += _line(row).encode()
+            self.count += 1
             try:
                 self._drain()
             except OSError as error:
@@ -170,18 +176,18 @@ class MetricsLog:
             if self._board is not None:
                 self._board.close()
 
-    def _read(self) -> list[dict[str, Any]]:
-        """The rows of an earlier start. A last line without an end was cut short by a crash; others are damaged."""
+    def _read(self, step: int, rows: int | None) -> list[dict[str, Any]]:
+        """The rows of an earlier start, up to a step; if they are not all there, the file is kept as it was, too."""
         if not self.path.exists():
             return []
-        rows = [row for row in read_json_lines(self.path) if isinstance(row.get("step"), int) and "kind" in row]
-        content = self.path.read_bytes()
-        lost = content.count(b"\n") - len(rows)
-        if lost > 0:
-            copy = self.path.with_suffix(".damaged.jsonl")
+        whole = [row for row in read_json_lines(self.path) if isinstance(row.get("step"), int) and "kind" in row]
+        kept = [row for row in whole if row["step"] <= step]
+        if rows is not None and len(kept) < rows:
+            copy, content = self.path.with_suffix(".damaged.jsonl"), self.path.read_bytes()
             write_atomically(copy, lambda file: file.write(content))
-            self._warn(f"warning: {self.path}: {lost} damaged lines are left out; {copy} is the file as it was")
-        return rows
+            lost = f"{rows - len(kept)} of the {rows} rows up to step {step}"
+            self._warn(f"warning: {self.path}: {lost} are damaged or gone; {copy} is the file as it was")
+        return kept
 
     def _drain(self) -> None:
         while self._written < len(self._rows):

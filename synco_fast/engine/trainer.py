@@ -69,6 +69,7 @@ class Trainer:
         self._unchecked: dict[int, tuple[int, Tensor]] = {}
         self._stop = Stop(processes, config.trainer.max_hours)
         self._metrics: MetricsLog | None = None
+        self._rows: int | None = None  # of metrics, as the checkpoint that this run goes on from has it
         self._writer: CheckpointWriter | None = None
         self._fingerprint = Fingerprint(contrast)
         self._collapsed = False
@@ -84,7 +85,7 @@ class Trainer:
         """
         self._progress = progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
         if self.processes.is_main:
-            self._metrics = MetricsLog(self.output, self.step, progress.warn)
+            self._metrics = MetricsLog(self.output, self.step, self._rows, progress.warn)
             self._writer = CheckpointWriter(
                 checkpoints.folder(self.output),
                 recent=self.config.checkpoint.recent,
@@ -206,13 +207,14 @@ class Trainer:
             "model": self.contrast.state_dict(),
             "optimizer": self.train_step.optimizer.state_dict(),
             "meter": self.train_step.meter.state_dict(),
+            "rows": 0 if self._metrics is None else self._metrics.count,
             "guard": self.train_step.guard.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state; the loader is made for that place by the caller."""
-        self.step = state["step"]
+        self.step, self._rows = state["step"], state.get("rows")  # older ones do not say
         self.contrast.load_state_dict(state["model"])
         self.train_step.optimizer.load_state_dict(state["optimizer"])
         self.train_step.meter.load_state_dict(state["meter"])

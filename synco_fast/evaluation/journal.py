@@ -13,7 +13,7 @@ from synco_fast.errors import UserError
 from synco_fast.evaluation.session import Session
 from synco_fast.files import make_folder
 
-FILES = ("checkpoints", "metrics.jsonl", "tensorboard")
+FILES = ("checkpoints", "metrics.jsonl", "metrics.damaged.jsonl", "tensorboard")
 """What a journal leaves in the output folder."""
 
 _ENTRIES = {"command": str, "run": dict, "finished": list, "step": int, "training": dict}
@@ -43,9 +43,11 @@ class Journal:
         self.path, content = to_go_on_with(self.output, resume, "--output DIR")
         self._command, self._run = session.command, _identity(session, settings)
         self._saved: dict[str, Any] | None = None
+        self._rows: int | None = None
         if self.path is not None:
             state = self._checked(content)
             self.finished, self.step, self._saved = state["finished"], state["step"], state["training"]
+            self._rows = state.get("rows")  # older ones do not say
         self._stop = Stop(session.processes)
         self._metrics: MetricsLog | None = None
         self._progress: TrainingProgress | None = None
@@ -67,7 +69,7 @@ class Journal:
             make_folder(checkpoints.folder(self.output))
         self.processes.barrier()
         self._progress = TrainingProgress(self._total, self.step, quiet=not main)
-        self._metrics = MetricsLog(self.output, self.step, self._progress.warn) if main else None
+        self._metrics = MetricsLog(self.output, self.step, self._rows, self._progress.warn) if main else None
         if self.step >= self._total:
             self._progress.say(f"nothing to do: step {self.step} of {self._total} is done")
         self._stop.__enter__()
@@ -113,6 +115,7 @@ class Journal:
                 "run": self._run,
                 "finished": self.finished,
                 "step": self.step,
+                "rows": self._metrics.count,
                 "training": training,
             }
             checkpoints.write(checkpoints.folder(self.output) / checkpoints.LATEST, state)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ def steps(path: Path) -> list[int]:
 
 
 def written(folder: Path, *numbers: int, start: int = 0, said: list[str] | None = None) -> MetricsLog:
-    """A log with rows of these steps, not closed yet."""
+    """A log with rows of these steps after those of each step up to `start`, not closed yet."""
     folder.mkdir(exist_ok=True)
-    log = MetricsLog(folder, start, ([] if said is None else said).append)
+    log = MetricsLog(folder, start, start, ([] if said is None else said).append)
     for number in numbers:
         log.write({"kind": "train", "step": number, "epoch": 0, "loss": 0.5})
     return log
@@ -47,26 +48,36 @@ def test_rows_that_a_disk_did_not_take(tmp_path: Path, monkeypatch: pytest.Monke
     assert steps(log.path) == [1, 2, 3, 4] and log.path.stat().st_size == log._safe
 
 
-@pytest.mark.parametrize("damage", [b"\xff", b"}", b"\n", b" "])
-def test_a_damaged_row_costs_no_other(damage: bytes, tmp_path: Path) -> None:
-    """Within a row, or in place of the end of one, which costs both rows; what was there is kept beside."""
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], list[int]]] = {
+    "no UTF-8": (lambda content: content.replace(b'"step": 2', b'"st\xffp": 2'), [1, 3, 4]),
+    "another name": (lambda content: content.replace(b'"step": 2', b'"stop": 2'), [1, 3, 4]),
+    "another step": (lambda content: content.replace(b'"step": 2', b'"step": 9'), [1, 3, 4]),
+    "not an object": (lambda content: content.replace(content.split(b"\n")[1], b"17"), [1, 3, 4]),
+    "two in a line": (lambda content: content.replace(b'\n{"kind": "train", "step": 3', b' {"step": 3'), [1, 4]),
+    "cut": (lambda content: content[: content.index(b'"step": 3')], [1, 2]),
+    "empty": (lambda content: b"", []),
+}
+"""What becomes of a file of four rows, and the rows that are left."""
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_row_costs_no_other(kind: str, tmp_path: Path) -> None:
+    """It is told, and what was there is kept beside."""
+    damage, left = DAMAGES[kind]
     written(tmp_path / "run", 1, 2, 3, 4).close()
     path = tmp_path / "run" / "metrics.jsonl"
-    content = path.read_bytes()
-    end = content.index(b"\n", content.index(b'"step": 2'))
-    place = end if damage == b" " else content.index(b'"step": 2') + 3
-    damaged = content[:place] + damage + content[place + 1 :]
+    damaged = damage(path.read_bytes())
     path.write_bytes(damaged)
     said: list[str] = []
-    written(tmp_path / "run", 5, start=4, said=said).close()
-    left = [1, 4, 5] if damage == b" " else [1, 3, 4, 5]
-    assert steps(path) == left
+    log = written(tmp_path / "run", 5, start=4, said=said)
+    log.close()
+    assert steps(path) == [*left, 5] and log.count == len(left) + 1
     (text,) = said
-    assert f"{2 if damage == chr(10).encode() else 1} damaged lines are left out" in text
+    assert f"{4 - len(left)} of the 4 rows up to step 4 are damaged or gone" in text
     assert (tmp_path / "run" / "metrics.damaged.jsonl").read_bytes() == damaged
 
 
-def test_a_last_row_cut_short_is_no_damage(tmp_path: Path) -> None:
+def test_a_row_that_a_crash_cut_short_is_no_damage(tmp_path: Path) -> None:
     written(tmp_path / "run", 1, 2, 3).close()
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
