@@ -123,11 +123,14 @@ def checkpoint_case(number: int, folder: Path) -> bool:
 
 
 def shard_case(number: int, folder: Path) -> bool:
-    """One damaged tar or TFRecord file: refused by a UserError, or an index of what lies within it."""
+    """One damaged tar or TFRecord file, or list of a tar file's images: refused, or an index of what lies within it."""
     pick = random.Random(number)
-    path = folder / ("x.tar" if number % 2 else "x.tfrecord")
-    content = damaged(_tar() if number % 2 else _tfrecord(), pick)
+    whole = {"x.tar": _tar(), "x.tfrecord": _tfrecord(), "list.tsv": _list()}
+    path = folder / pick.choice(list(whole))
+    content = damaged(whole[path.name], pick)
+    (folder / "x.tar").write_bytes(whole["x.tar"])
     path.write_bytes(content)
+    limit = max(len(content), len(whole["x.tar"]))
     with Executions() as executed:
         try:
             index = scan(path)
@@ -137,7 +140,7 @@ def shard_case(number: int, folder: Path) -> bool:
     assert not executed.events, executed.events
     if index is not None:
         for i in range(len(index)):
-            assert 0 <= len(read_bytes(index.sample(i))) <= len(content)
+            assert index.sample(i).path.parent == folder and 0 <= len(read_bytes(index.sample(i))) <= limit
         close_shards()
     return index is not None
 
@@ -229,6 +232,15 @@ def _tar() -> bytes:
     members = [(f"{i:03d}.{kind}", data) for i in range(4) for kind, data in (("jpg", b"x" * (100 + i)), ("cls", b"1"))]
     write_tar(content, members)
     return content.getvalue()
+
+
+def _list() -> bytes:
+    """Of the images of `_tar`, each of whose members takes a block for its header and one for its content."""
+    lines = [
+        f"# shard\tx.tar\t{len(_tar())}",
+        *(f"x.tar\t1\t{2048 * i + 512}\t{100 + i}\t{i:03d}.jpg" for i in range(4)),
+    ]
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def _tfrecord() -> bytes:

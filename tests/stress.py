@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--op", type=int, default=2000)
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
-    parser.add_argument("--damaged", type=int, default=2000, help="checkpoints, and shards")
+    parser.add_argument("--damaged", type=int, default=2000, help="checkpoints; shards and lists")
     parser.add_argument("--files", type=int, default=200, help="checkpoints, metrics, shards; cut, and changed")
     parser.add_argument("--soak", type=int, default=5000, help="steps of one run")
     parser.add_argument("--steps", type=int, default=200, help="of the fast step beside the plain one")
@@ -291,7 +291,7 @@ def main() -> None:
     for name in RANDOM_CALLS:
         random_calls(name, arguments.fused)
     Stage("mutated configurations", arguments.config).run(fuzz.config_case)
-    for name, case in (("checkpoints", fuzz.checkpoint_case), ("shards", fuzz.shard_case)):
+    for name, case in (("checkpoints", fuzz.checkpoint_case), ("shards and lists", fuzz.shard_case)):
         Stage(f"damaged {name}", arguments.damaged).run(functools.partial(case, folder=FOLDER))
     damaged_files(arguments.files)
     hostile_files(arguments.hostile)
