@@ -10,7 +10,9 @@ ifeq ($(filter $(DALI),cuda12 cuda13),)
 $(error DALI is cuda12 or cuda13, not "$(DALI)")
 endif
 
-PIP_INSTALL := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check
+# Wheels only: what building another file takes would be neither pinned nor checked.
+PIP_INSTALL_HASHED := $(PIP_INSTALL) --require-hashes --only-binary :all:
 
 .PHONY: help setup demo test lint stress bench-gpu clean distclean
 
@@ -26,10 +28,11 @@ demo: $(VENV)/installed  ## pretrain on generated JPEGs and write runs/demo/repo
 test: $(VENV)/installed  ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile --durations=10
 
-lint: $(VENV)/installed  ## check style, formatting and types
+lint: $(VENV)/installed  ## check style, formatting, types and pins
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy synco_fast bench
+	$(BIN)/python -m tests.audit
 
 stress: $(VENV)/installed  ## run the long reliability counts; an interrupted run resumes
 	$(BIN)/python -m tests.stress
@@ -59,8 +62,11 @@ KERNELS := $(wildcard kernels/*.cpp kernels/*/*.cpp kernels/*/*.h kernels/*/*/*.
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt $(VENV)/dali-$(DALI) $(KERNELS)
 	@echo "Installing the pinned dependencies (several GB and some minutes the first time, silent until done)"
-	@# Before the package, whose libraries are compiled against them. The last two hold headers that DALI's need.
-	$(PIP_INSTALL) pip setuptools wheel torch nvidia-dali-$(DALI)0 nvidia-cuda-crt nvidia-cuda-cccl
-	$(PIP_INSTALL) --no-build-isolation -e '.[$(DALI),dev]'
+	@# The pip that comes with Python takes no hashes from -c. Python 3.10 reads pyproject.toml by tomli.
+	sed -nE '/^(pip|tomli)==/,/[^\\]$$/p' constraints.txt | $(PIP_INSTALL_HASHED) -r /dev/stdin
+	@# Before the package, whose libraries are compiled against them, and which is a folder and so has no hash.
+	$(BIN)/python -m tests.requirements $(DALI) dev >$(VENV)/requirements.txt
+	$(PIP_INSTALL_HASHED) -c constraints.txt -r $(VENV)/requirements.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@$(BIN)/synco-fast doctor | sed -n '/^backends/,/^$$/p; /^augmentation/,/^$$/p'  # pip does not show what was built
 	@touch $@
