@@ -1,4 +1,4 @@
-"""The audit, which `make lint` runs on the project and its environment, names what is not pinned by version and hash."""
+"""The audit (`make lint` runs it on the project) names what is not pinned by version and hash."""
 
 import subprocess
 import sys
