@@ -29,7 +29,8 @@ def sent(config: Config, processes: int) -> dict[str, float]:
     }
     if config.bn.mode == "shuffle":
         pixel = 2 if bf16 else _FLOAT  # they are what the first convolution takes
-        moved = samples - share(samples, processes, 0, 0)
+        dealt = samples // config.trainer.accumulate
+        moved = config.trainer.accumulate * (dealt - share(dealt, processes, 0, 0))
         found["images"] = moved * 3 * data.image_size**2 * pixel
         found["keys on their way back"] = moved * config.model.dim * (2 if bf16 else _FLOAT)
     if config.bn.mode == "sync":

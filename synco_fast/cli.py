@@ -1,9 +1,10 @@
 """The console command `synco-fast`."""
 
+import contextlib
 import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, BinaryIO, cast
 
 import typer
 
@@ -107,10 +108,24 @@ def doctor() -> None:
     typer.echo(report.text())
 
 
+class _StandardError(io.FileIO):
+    """Where a run says how it gets on, perhaps a file on a disk that is full: what cannot be said ends nothing."""
+
+    def write(self, data: Any, /) -> int:
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
 def main() -> None:
     """Entry point: a user's error, or one of the operating system's, is one message and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes, and are printed as they are
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        raw = _StandardError(sys.stderr.fileno(), "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(
+            cast(BinaryIO, raw), sys.stderr.encoding, "backslashreplace", line_buffering=True, write_through=True
+        )
     try:
         app()
     except (UserError, OSError) as error:

@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,6 +76,33 @@ def _put(path: Path, make: Callable[[Path], object]) -> None:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def held(path: Path, who: str) -> Iterator[None]:
+    """Hold a file that only one process can hold; the system takes it from one that ends, however it does.
+
+    Where the file system knows no such thing, nothing is held.
+
+    Raises:
+        UserError: another process has it; `who` is what the message says that is.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise UserError(
+                f"{who} is at work there, process {owner}; wait for its end, or name another folder"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """`write_atomically` for text."""
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -117,6 +145,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # of file systems that do not know it
+            raise
     finally:
         os.close(descriptor)
 

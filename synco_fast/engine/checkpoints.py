@@ -18,7 +18,7 @@ from synco_fast.files import write_atomically
 
 LATEST = "latest.pt"
 """A link to the newest one."""
-_STEP = re.compile(r"step-(\d+)\.pt")
+_STEP, _EPOCH = re.compile(r"step-(\d+)\.pt"), re.compile(r"epoch-(\d+)\.pt")
 _DICTS = ("config", "data", "loader", "model", "optimizer", "meter", "rng")
 _ENTRIES = {"step": int} | dict.fromkeys(_DICTS, dict)
 
@@ -87,16 +87,22 @@ def write(path: Path, state: Any) -> None:
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
+def in_folder(output: Path) -> bool:
+    """Whether there are checkpoints of a run, or a link to one."""
+    names = (path.name for path in folder(output).iterdir()) if folder(output).is_dir() else ()
+    return any(name == LATEST or _STEP.fullmatch(name) or _EPOCH.fullmatch(name) for name in names)
+
+
 def newest(output: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
     """The run's newest checkpoint that can be read, and what it holds; None: there is none at all.
 
-    Those before the newest are taken only where that is damaged, and it is told.
+    Those before the newest are taken only where that is damaged, or its link is gone, and it is told.
 
     Raises:
         UserError: about the newest, if none of them can be read.
     """
     latest = folder(output) / LATEST
-    if not os.path.lexists(latest):
+    if not in_folder(output):
         return None
     try:
         return latest, read(latest)
@@ -116,7 +122,8 @@ def newest(output: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str,
 
 def _epochs_back(folder: Path) -> list[Path]:
     """Checkpoints that are kept for good, the latest first."""
-    return sorted(folder.glob("epoch-*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
+    epochs = {int(found[1]): path for path in folder.iterdir() if (found := _EPOCH.fullmatch(path.name))}
+    return [epochs[epoch] for epoch in sorted(epochs, reverse=True)]
 
 
 def load(path: Path) -> dict[str, Any]:

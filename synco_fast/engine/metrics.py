@@ -129,7 +129,7 @@ class MetricsLog:
         self._warn = warn
         kept = self._read(step, rows)
         self.count = len(kept)
-        write_text_atomically(self.path, "".join(map(_line, kept)))
+        write_text_atomically(self.path, "".join(kept))
         self._safe = self.path.stat().st_size  # bytes that are on disk
         self._rows = b""  # what comes after them
         self._written = 0  # bytes of it that the system has taken
@@ -165,7 +165,8 @@ class MetricsLog:
                 size = len(self._rows)
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._written = 0  # a system forgets what a disk has not taken, and says so once
+            with self._lock:
+                self._written = 0  # a system forgets what a disk has not taken, and says so once
             raise UserError(f"{self.path}: cannot write it: {error.strerror}") from error
         with self._lock:
             self._rows, self._safe, self._written = self._rows[size:], self._safe + size, self._written - size
@@ -176,15 +177,19 @@ class MetricsLog:
             if self._board is not None:
                 self._board.close()
 
-    def _read(self, step: int, rows: int | None) -> list[dict[str, Any]]:
-        """The rows of an earlier start, up to a step; if they are not all there, the file is kept as it was, too."""
+    def _read(self, step: int, rows: int | None) -> list[str]:
+        """The lines of an earlier start, up to a step; if they are not all there, the file is kept as it was, too."""
         if not self.path.exists():
             return []
-        whole = [row for row in read_json_lines(self.path) if isinstance(row.get("step"), int) and "kind" in row]
-        kept = [row for row in whole if row["step"] <= step]
+        kept = []
+        for row in read_json_lines(self.path):
+            if isinstance(row.get("step"), int) and row["step"] <= step and "kind" in row:
+                with contextlib.suppress(ValueError):  # a number that damage has made infinite
+                    kept.append(_line(row))
         if rows is not None and len(kept) < rows:
             copy, content = self.path.with_suffix(".damaged.jsonl"), self.path.read_bytes()
-            write_atomically(copy, lambda file: file.write(content))
+            if not copy.exists():  # or an earlier start that came to no checkpoint has put it there
+                write_atomically(copy, lambda file: file.write(content))
             lost = f"{rows - len(kept)} of the {rows} rows up to step {step}"
             self._warn(f"warning: {self.path}: {lost} are damaged or gone; {copy} is the file as it was")
         return kept

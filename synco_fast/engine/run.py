@@ -24,9 +24,10 @@ from synco_fast.engine import speed as speeds
 from synco_fast.engine.agreement import check_start
 from synco_fast.engine.distributed import Processes
 from synco_fast.engine.probe import KnnProbe, held_out_like
+from synco_fast.engine.stopping import agreed
 from synco_fast.engine.trainer import Trainer
 from synco_fast.errors import UserError
-from synco_fast.files import write_text_atomically
+from synco_fast.files import held, write_text_atomically
 from synco_fast.methods import MomentumContrast
 from synco_fast.models.encoders import Encoder
 from synco_fast.models.norm import use_split_batch_norm, use_sync_batch_norm
@@ -46,7 +47,9 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
         Interrupted: see `Trainer.run`.
     """
     with joined(config) as processes:
-        build(config, processes, resume).run()
+        trainer = build(config, processes, resume)
+        with _own_output(config, processes):
+            trainer.run()
 
 
 @contextlib.contextmanager
@@ -92,7 +95,7 @@ def processes_on(device: torch.device, advice: str, minutes: float | None = None
 
 
 def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
-    """Everything of a run, checked and ready to train. The output folder is touched last."""
+    """Everything of a run, checked and ready to train. Nothing is written."""
     speed = check(config, processes)
     index, output = find_data(config, processes), Path(config.output)
     data = {"samples": len(index), "digest": index.digest}
@@ -117,9 +120,6 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
         state = _begun(trainer, theirs, path)
     if state is not None and path is not None:
         _load_state(trainer, state, path)
-    if processes.is_main:
-        _prepare_output(output, config)
-    processes.barrier()
     return trainer
 
 
@@ -261,14 +261,13 @@ def to_go_on_with(
     Raises:
         UserError: the folder holds a run that would be replaced; or no checkpoint can be read.
     """
-    latest = checkpoints.folder(output) / checkpoints.LATEST
     if resume is None:
-        if os.path.lexists(latest):
+        if checkpoints.in_folder(output):
             raise UserError(f"{output} already holds a run: go on with --resume auto, or choose another {option}")
         return None, {}
     if resume == "auto":
         return checkpoints.newest(output, lambda text: print(text, file=sys.stderr, flush=True)) or (None, {})
-    if os.path.lexists(latest) and Path(resume).resolve().parent != latest.parent.resolve():
+    if checkpoints.in_folder(output) and Path(resume).resolve().parent != checkpoints.folder(output).resolve():
         raise UserError(
             f"{output} already holds another run than {resume}, which would replace it; choose another {option}"
         )
@@ -277,7 +276,7 @@ def to_go_on_with(
 
 def _theirs(content: dict[str, Any], path: Path, config: Config) -> foreign.Foreign:
     """What another project's checkpoint holds; it starts a run, and so takes no run's place."""
-    if (checkpoints.folder(Path(config.output)) / checkpoints.LATEST).exists():
+    if checkpoints.in_folder(Path(config.output)):
         raise UserError(
             f"{path}: not a checkpoint of synco-fast, and {config.output} already holds a run, which a checkpoint of "
             f"others would replace; choose another --set output=DIR"
@@ -324,11 +323,27 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def _prepare_output(output: Path, config: Config) -> None:
+@contextlib.contextmanager
+def _own_output(config: Config, processes: Processes) -> Iterator[None]:
+    """The output folder, there and this run's alone until its end; all processes fail where it cannot be."""
+    output, error = Path(config.output), None
+    with contextlib.ExitStack() as stack:
+        try:
+            if processes.is_main:
+                _make(output)
+                stack.enter_context(held(output / "run.lock", f"output = {output}: another run"))
+                write_text_atomically(output / "config.yaml", config.to_yaml())
+        except UserError as found:
+            error = found
+        if agreed(processes, True, error is not None)[0]:
+            raise error or UserError(f"output = {output}: cannot be used; rank 0 says why")
+        yield
+
+
+def _make(output: Path) -> None:
     try:
         checkpoints.folder(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output = {output}: cannot make the folder: {error.strerror}") from error
     if not os.access(output, os.W_OK):
         raise UserError(f"output = {output}: the folder cannot be written to")
-    write_text_atomically(output / "config.yaml", config.to_yaml())

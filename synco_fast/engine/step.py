@@ -79,8 +79,6 @@ class TrainStep:
         Args:
             images: (n, 3, H, W) on the device, any, the same on every process.
         """
-        if not isinstance(self.model, DistributedDataParallel):
-            return
         before = [(rows, rows.clone()) for rows in self.contrast.buffers()]
         labels = (
             [] if self.contrast.queue.labels is None else [torch.zeros_like(self.contrast.queue.labels[: len(images)])]

@@ -24,6 +24,7 @@ class Stop:
     def __init__(self, processes: Processes, hours: float | None = None) -> None:
         self._processes, self._hours, self._started = processes, hours, time.monotonic()
         self._number: int | None = None
+        self._launcher = os.getppid()
 
     def __enter__(self) -> "Stop":
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -54,8 +55,9 @@ class Stop:
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
             self._handlers[signal.SIGTERM] = signal.SIG_IGN  # from the end of the `with` on
             self._processes.barrier()  # nobody is still in the step that wrote the checkpoint
-            if self._number != signal.SIGTERM and os.environ.get("LOCAL_RANK") == "0":
-                os.kill(os.getppid(), signal.SIGTERM)
+            there = os.getppid() == self._launcher  # and not whoever takes in the processes of a launcher that died
+            if there and self._number != signal.SIGTERM and os.environ.get("LOCAL_RANK") == "0":
+                os.kill(self._launcher, signal.SIGTERM)
 
     def _note(self, number: int, frame: Any) -> None:
         # A second Ctrl-C means now. A second SIGTERM means nothing: schedulers and torchrun send one each.

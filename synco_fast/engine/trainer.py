@@ -71,7 +71,7 @@ class Trainer:
         self._metrics: MetricsLog | None = None
         self._rows: int | None = None  # of metrics, as the checkpoint that this run goes on from has it
         self._writer: CheckpointWriter | None = None
-        self._fingerprint = Fingerprint(contrast)
+        self._fingerprint, self._checked = Fingerprint(contrast), -1
         self._collapsed = False
         self._watchdog = Watchdog(processes, config.trainer.stall_minutes)
         self._saved_at = time.monotonic()
@@ -98,6 +98,7 @@ class Trainer:
         self.loader.bad.on_skip = progress.warn
         if self.probe is not None:
             self.probe.on_skip = progress.warn
+        self._watchdog.at("the start", self.step)
         with self._watchdog, self._stop:
             try:
                 with self._told():
@@ -160,8 +161,7 @@ class Trainer:
             last = self.step == self.total_steps
             logging = self.step % self.config.trainer.log_every == 0 or last
             if logging:
-                self._stop_if_not_finite()
-                self._fingerprint.check(self.step, self.processes)
+                self._check()
                 row = self._train_row(batch.epoch, clock)
                 self._report(row)
                 self._tell_of_collapse(row)
@@ -179,6 +179,8 @@ class Trainer:
                 raise Interrupted(f"stopped after step {self.step}; go on with --resume auto")
 
     def _settle(self) -> None:
+        if self.processes.world_size == 1:
+            return
         config, device = self.config, self.processes.device
         samples = config.data.batch_size // self.processes.world_size // config.trainer.accumulate
         noise = torch.rand(samples, 3, *2 * (config.data.image_size,), generator=torch.Generator().manual_seed(0))
@@ -226,9 +228,8 @@ class Trainer:
     def save(self, *, keep_as_epoch: int | None = None) -> None:
         """Begin to write a checkpoint of a sound state; all processes call it, the main one writes."""
         self._watchdog.at("writing a checkpoint", self.step)
-        self._stop_if_not_finite()
+        self._check()
         self._stop_if_weights_overflowed()
-        self._fingerprint.check(self.step, self.processes)
         state = self.state()
         if self._writer is not None:
             self._writer.save(state, keep_as_epoch=keep_as_epoch)
@@ -242,6 +243,13 @@ class Trainer:
         failed = agreed(self.processes, True, error is not None)[0]
         if failed:
             raise error or UserError("the last checkpoint could not be written; rank 0 says why")
+
+    def _check(self) -> None:
+        """That the processes agree, and then that their losses and gradients were finite; once a step."""
+        if self._checked < self.step:
+            self._fingerprint.check(self.step, self.processes)
+            self._stop_if_not_finite()
+            self._checked = self.step
 
     def _minutes_are_over(self) -> bool:
         minutes = self.config.checkpoint.every_minutes

@@ -54,7 +54,7 @@ class Launched:
         """Its processes, in order of rank."""
         command = ["pgrep", "--parent", str(self.process.pid), "-f", "synco_fast"]
         listed = subprocess.run(command, capture_output=True, text=True, check=False)
-        return sorted(map(int, listed.stdout.split()))
+        return sorted(map(int, listed.stdout.split()), key=_rank)
 
     def wait_for(self, text: str, start: int = 0) -> None:
         """Until it says so, after so many lines."""
@@ -67,6 +67,11 @@ class Launched:
         code = self.process.wait()
         self._reader.join()
         return code, "".join(self.said)
+
+
+def _rank(process: int) -> int:
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
 
 
 def main(module: str, name: str, folder: str, *arguments: str) -> None:

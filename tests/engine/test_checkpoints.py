@@ -14,6 +14,7 @@ import torch
 
 from synco_fast.config import key_paths
 from synco_fast.engine import checkpoints
+from synco_fast.engine.run import to_go_on_with
 from synco_fast.engine.writer import CheckpointWriter
 from synco_fast.errors import UserError
 from synco_fast.files import symlink
@@ -189,8 +190,27 @@ def test_kept_epochs_are_gone_back_to_last(tmp_path: Path) -> None:
         checkpoints.newest(tmp_path, print)
 
 
+@pytest.mark.parametrize("left", ["step-00000020.pt", "epoch-0002.pt"])
+def test_a_link_that_is_gone(left: str, tmp_path: Path) -> None:
+    """As a copy without links leaves it: what is there is gone on from, loudly, and not begun anew."""
+    writer = Writer(tmp_path).saved(20, keep=2)
+    for path in writer.folder.iterdir():
+        if path.name != left:
+            path.unlink()
+    said: list[str] = []
+    found = checkpoints.newest(tmp_path, said.append)
+    assert found is not None and found[0].name == left and found[1]["step"] == 20
+    assert "latest.pt: cannot read the checkpoint: No such file" in said[0]
+    with pytest.raises(UserError, match="already holds a run"):
+        to_go_on_with(tmp_path, None)
+
+
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    assert checkpoints.newest(tmp_path, print) is None
+    for other in (None, "notes.txt", ".step-00000003.pt.tmp"):
+        if other is not None:
+            checkpoints.folder(tmp_path).mkdir(exist_ok=True)
+            (checkpoints.folder(tmp_path) / other).write_bytes(b"")
+        assert checkpoints.newest(tmp_path, print) is None and to_go_on_with(tmp_path, None) == (None, {})
 
 
 def test_a_link_replaces_a_file(tmp_path: Path) -> None:
@@ -247,7 +267,7 @@ def test_kept_epochs(images: Path, tiny: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     again = checkpoints.load(checkpoints.folder(outputs[1]) / checkpoints.LATEST)
     for entries in (again, kept["latest.pt"]):
-        del entries["config"]["output"]
+        del entries["config"]["output"], entries["rows"]  # whose file is the other folder's
     assert differences(again, kept["latest.pt"]) == []
 
 

@@ -48,10 +48,12 @@ def test_rows_that_a_disk_did_not_take(tmp_path: Path, monkeypatch: pytest.Monke
     assert steps(log.path) == [1, 2, 3, 4] and log.path.stat().st_size == log._safe
 
 
+_INFINITE = b'"step": 2, "epoch": 0, "loss": 5e9999'
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], list[int]]] = {
     "no UTF-8": (lambda content: content.replace(b'"step": 2', b'"st\xffp": 2'), [1, 3, 4]),
     "another name": (lambda content: content.replace(b'"step": 2', b'"stop": 2'), [1, 3, 4]),
     "another step": (lambda content: content.replace(b'"step": 2', b'"step": 9'), [1, 3, 4]),
+    "another exponent": (lambda content: content.replace(b'"step": 2, "epoch": 0, "loss": 0.5', _INFINITE), [1, 3, 4]),
     "not an object": (lambda content: content.replace(content.split(b"\n")[1], b"17"), [1, 3, 4]),
     "two in a line": (lambda content: content.replace(b'\n{"kind": "train", "step": 3', b' {"step": 3'), [1, 4]),
     "cut": (lambda content: content[: content.index(b'"step": 3')], [1, 2]),
@@ -74,6 +76,7 @@ def test_a_damaged_row_costs_no_other(kind: str, tmp_path: Path) -> None:
     assert steps(path) == [*left, 5] and log.count == len(left) + 1
     (text,) = said
     assert f"{4 - len(left)} of the 4 rows up to step 4 are damaged or gone" in text
+    written(tmp_path / "run", start=4).close()  # the next start, should that one have come to no checkpoint
     assert (tmp_path / "run" / "metrics.damaged.jsonl").read_bytes() == damaged
 
 
