@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from synco_fast.engine import checkpoints, distributed, foreign, optim
 from synco_fast.engine import speed as speeds
 from synco_fast.engine.agreement import check_start
 from synco_fast.engine.distributed import Processes
+from synco_fast.engine.output import owned
 from synco_fast.engine.probe import KnnProbe, held_out_like
-from synco_fast.engine.stopping import agreed
 from synco_fast.engine.trainer import Trainer
 from synco_fast.errors import UserError
-from synco_fast.files import held, write_text_atomically
+from synco_fast.files import write_text_atomically
 from synco_fast.methods import MomentumContrast
 from synco_fast.models.encoders import Encoder
 from synco_fast.models.norm import use_split_batch_norm, use_sync_batch_norm
@@ -48,7 +49,8 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
     """
     with joined(config) as processes:
         trainer = build(config, processes, resume)
-        with _own_output(config, processes):
+        output = Path(config.output)
+        with owned(output, processes, f"output = {output}", partial(_write_config, output, config)):
             trainer.run()
 
 
@@ -121,6 +123,10 @@ def build(config: Config, processes: Processes, resume: str | None) -> Trainer:
     if state is not None and path is not None:
         _load_state(trainer, state, path)
     return trainer
+
+
+def _write_config(output: Path, config: Config) -> None:
+    write_text_atomically(output / "config.yaml", config.to_yaml())
 
 
 def _facts(
@@ -321,29 +327,3 @@ def _out_of_memory(error: RuntimeError) -> bool:
     """torch has a class for it on GPUs only, and DALI has none."""
     words = ("can't allocate memory", "bad_alloc", "cudaErrorMemoryAllocation")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-@contextlib.contextmanager
-def _own_output(config: Config, processes: Processes) -> Iterator[None]:
-    """The output folder, there and this run's alone until its end; all processes fail where it cannot be."""
-    output, error = Path(config.output), None
-    with contextlib.ExitStack() as stack:
-        try:
-            if processes.is_main:
-                _make(output)
-                stack.enter_context(held(output / "run.lock", f"output = {output}: another run"))
-                write_text_atomically(output / "config.yaml", config.to_yaml())
-        except UserError as found:
-            error = found
-        if agreed(processes, True, error is not None)[0]:
-            raise error or UserError(f"output = {output}: cannot be used; rank 0 says why")
-        yield
-
-
-def _make(output: Path) -> None:
-    try:
-        checkpoints.folder(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output = {output}: cannot make the folder: {error.strerror}") from error
-    if not os.access(output, os.W_OK):
-        raise UserError(f"output = {output}: the folder cannot be written to")

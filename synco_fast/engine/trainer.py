@@ -24,7 +24,7 @@ from synco_fast.engine.speed import Speed
 from synco_fast.engine.step import TrainStep
 from synco_fast.engine.stopping import Stop, agreed
 from synco_fast.engine.watchdog import Watchdog
-from synco_fast.engine.writer import CheckpointWriter
+from synco_fast.engine.writer import CheckpointWriter, finish
 from synco_fast.errors import Interrupted, UserError
 from synco_fast.files import write_text_atomically
 from synco_fast.machine import memory_beside_pytorch
@@ -237,12 +237,8 @@ class Trainer:
         self._watchdog.at("training", self.step)
 
     def _finish(self) -> None:
-        """Wait until the last checkpoint is written; all processes call it, and all fail where it could not be."""
         self._watchdog.at("writing a checkpoint", self.step)
-        error = None if self._writer is None else self._writer.finish()
-        failed = agreed(self.processes, True, error is not None)[0]
-        if failed:
-            raise error or UserError("the last checkpoint could not be written; rank 0 says why")
+        finish(self._writer, self.processes)
 
     def _check(self) -> None:
         """That the processes agree, and then that their losses and gradients were finite; once a step."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from synco_fast.engine import checkpoints
+from synco_fast.engine.distributed import Processes
+from synco_fast.engine.stopping import agreed
 from synco_fast.errors import UserError
 from synco_fast.files import link, symlink
 
@@ -88,6 +90,17 @@ class CheckpointWriter:
         for number in old:
             if time.time() - mine[number].stat().st_mtime > 3600 * self._hours:
                 mine[number].unlink()
+
+
+def finish(writer: CheckpointWriter | None, processes: Processes) -> None:
+    """Wait until the last checkpoint is written; all processes call it, the main one with its writer.
+
+    Raises:
+        UserError: on all of them: it could not be.
+    """
+    error = None if writer is None else writer.finish()
+    if agreed(processes, True, error is not None)[0]:
+        raise error or UserError("the last checkpoint could not be written; rank 0 says why")
 
 
 def on_host(value: Any) -> Any:

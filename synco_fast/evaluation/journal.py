@@ -1,19 +1,21 @@
 """What a run of trainings keeps on disk, shows, and stops and goes on by: as pretraining does."""
 
-from types import TracebackType
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from synco_fast.config_text import listing
 from synco_fast.engine import checkpoints
 from synco_fast.engine.metrics import MetricsLog
+from synco_fast.engine.output import LOCK, owned
 from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.run import to_go_on_with
 from synco_fast.engine.stopping import Stop
-from synco_fast.errors import UserError
+from synco_fast.engine.writer import CheckpointWriter, finish
+from synco_fast.errors import Interrupted, UserError
 from synco_fast.evaluation.session import Session
-from synco_fast.files import make_folder
 
-FILES = ("checkpoints", "metrics.jsonl", "metrics.damaged.jsonl", "tensorboard")
+FILES = ("checkpoints", "metrics.jsonl", "metrics.damaged.jsonl", "tensorboard", LOCK)
 """What a journal leaves in the output folder."""
 
 _ENTRIES = {"command": str, "run": dict, "finished": list, "step": int, "training": dict}
@@ -22,7 +24,7 @@ _ENTRIES = {"command": str, "run": dict, "finished": list, "step": int, "trainin
 class Journal:
     """Metrics, progress, checkpoints and signals of one run, which is one training or several, one after the other.
 
-    Entered, it makes the output folder and waits for signals; before that nothing is written.
+    Opened, it makes the output folder and waits for signals; before that nothing is written.
 
     Args:
         session: the evaluation. settings: of the command, as JSON; with other ones a run is another.
@@ -50,6 +52,7 @@ class Journal:
             self._rows = state.get("rows")  # older ones do not say
         self._stop = Stop(session.processes)
         self._metrics: MetricsLog | None = None
+        self._writer: CheckpointWriter | None = None
         self._progress: TrainingProgress | None = None
         self._total = 0
 
@@ -58,29 +61,45 @@ class Journal:
         state, self._saved = self._saved, None
         return state
 
-    def opened(self, total: int) -> "Journal":
-        """Itself, to be entered; `total` steps over all trainings."""
+    @contextlib.contextmanager
+    def opened(self, total: int) -> Iterator[None]:
+        """At work, with `total` steps over all trainings. All processes enter and leave it.
+
+        Raises:
+            UserError: the output folder cannot be used, or the last checkpoint could not be written.
+        """
         self._total = total
-        return self
+        self._progress = TrainingProgress(total, self.step, quiet=not self.processes.is_main)
+        try:
+            with owned(self.output, self.processes, f"--output {self.output}", self._begin), self._stop:
+                if self.step >= total:
+                    self._progress.say(f"nothing to do: step {self.step} of {total} is done")
+                try:
+                    yield
+                except Interrupted:
+                    finish(self._writer, self.processes)
+                    self._stop.tell_launcher()
+                    raise
+                finish(self._writer, self.processes)
+        finally:
+            self._close()
 
-    def __enter__(self) -> "Journal":
-        main = self.processes.is_main
-        if main:
-            make_folder(checkpoints.folder(self.output))
-        self.processes.barrier()
-        self._progress = TrainingProgress(self._total, self.step, quiet=not main)
-        self._metrics = MetricsLog(self.output, self.step, self._rows, self._progress.warn) if main else None
-        if self.step >= self._total:
-            self._progress.say(f"nothing to do: step {self.step} of {self._total} is done")
-        self._stop.__enter__()
-        return self
+    def _begin(self) -> None:
+        assert self._progress is not None
+        self._metrics = MetricsLog(self.output, self.step, self._rows, self._progress.warn)
+        self._writer = CheckpointWriter(
+            checkpoints.folder(self.output),
+            recent=2,
+            hours=0,
+            before=self._metrics.sync,
+            warn=self._progress.warn,
+        )
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop.__exit__(kind, error, traceback)
+    def _close(self) -> None:
         assert self._progress is not None
         self._progress.close()
+        if self._writer is not None:
+            self._writer.wait()
         if self._metrics is not None:
             self._metrics.close()
 
@@ -107,9 +126,8 @@ class Journal:
         self._progress.warn(text)
 
     def save(self, training: dict[str, Any]) -> None:
-        """Write a checkpoint; all processes call it, the main one writes."""
-        if self._metrics is not None:
-            self._metrics.sync()
+        """Begin to write a checkpoint; the main process does."""
+        if self._metrics is not None and self._writer is not None:
             state = {
                 "command": self._command,
                 "run": self._run,
@@ -118,8 +136,7 @@ class Journal:
                 "rows": self._metrics.count,
                 "training": training,
             }
-            checkpoints.write(checkpoints.folder(self.output) / checkpoints.LATEST, state)
-        self.processes.barrier()
+            self._writer.save(state, keep_as_epoch=None)
 
     def interrupted(self, agree: bool) -> bool:
         """Whether to stop here, see `Stop.came`."""
