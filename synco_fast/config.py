@@ -15,9 +15,11 @@ from synco_fast import config_text
 from synco_fast.config_conflicts import conflicts, resize_conflict
 from synco_fast.errors import UserError
 from synco_fast.ops import HardNegatives
+from synco_fast.ops.hard import MOST
 
 COUNT_MAX = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
+Vectors = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[int, Field(ge=1, le=COUNT_MAX)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -107,13 +109,13 @@ class Loss(Section):
 class Negatives(Section):
     """The fields of `HardNegatives`, whose defaults the method sets, and when they start."""
 
-    n_hard: Count = Field(1024, description="hardest queue rows N that parents are drawn from")
-    interpolated: Count = Field(256, description="vectors a q + (1 - a) n")
-    extrapolated: Count = Field(256, description="vectors q + b (n - q)")
-    mixed: Count = Field(256, description="vectors g n_i + (1 - g) n_j")
-    noisy: Count = Field(64, description="vectors n + sigma e")
-    perturbed: Count = Field(64, description="vectors n + delta q")
-    adversarial: Count = Field(64, description="vectors n + eta sign(q)")
+    n_hard: Vectors = Field(1024, description="hardest queue rows N that parents are drawn from")
+    interpolated: Vectors = Field(256, description="vectors a q + (1 - a) n")
+    extrapolated: Vectors = Field(256, description="vectors q + b (n - q)")
+    mixed: Vectors = Field(256, description="vectors g n_i + (1 - g) n_j")
+    noisy: Vectors = Field(64, description="vectors n + sigma e")
+    perturbed: Vectors = Field(64, description="vectors n + delta q")
+    adversarial: Vectors = Field(64, description="vectors n + eta sign(q)")
     alpha_max: float = Field(0.5, description="a ~ U(0, alpha_max)")
     beta_max: float = Field(1.5, description="b ~ U(1, beta_max)")
     gamma_max: float = Field(1.0, description="g ~ U(0, gamma_max)")

@@ -1,9 +1,12 @@
 """Random cases by number, so that a failure names the one case that repeats it."""
 
 import io
+import math
 import random
+import re
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from synco_fast.data.index import scan
 from synco_fast.data.samples import close_shards, read_bytes
 from synco_fast.engine import checkpoints
 from synco_fast.errors import UserError
-from synco_fast.ops import KINDS, HardNegatives, infonce
+from synco_fast.ops import KINDS, HardNegatives, backends, infonce
 from tests.engine.runs import differences
 from tests.formats import example, framed, write_tar
 
@@ -73,6 +76,59 @@ def op_case(number: int) -> None:
         assert abs(float(result.stats[name] - value)) <= 1e-6, name
 
 
+_TENSORS: list[Callable[[torch.Tensor, random.Random], Any]] = [
+    lambda rows, pick: rows.to(pick.choice(_DTYPES)),
+    lambda rows, pick: rows[: pick.randrange(len(rows) + 1)],
+    lambda rows, pick: rows[..., : pick.randrange(rows.shape[-1] + 1)],
+    lambda rows, pick: rows[None],
+    lambda rows, pick: rows.mT if rows.ndim == 2 else rows,
+    lambda rows, pick: rows.repeat_interleave(2, dim=-1)[..., ::2],  # the same, not contiguous
+    lambda rows, pick: rows[:1].expand_as(rows),
+    lambda rows, pick: rows * pick.choice([0, 1e30, math.nan, math.inf, -1]),
+    lambda rows, pick: rows.to("meta"),
+    lambda rows, pick: rows.to_sparse(),
+    lambda rows, pick: pick.choice([None, rows.tolist(), rows.numpy(), 3, "cpu"]),
+]
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int64, torch.bool]
+_DTYPES += [torch.complex64, torch.float8_e4m3fn]
+_NUMBERS = [*_VALUES, 2**31, 2**63, -(2**40), 1e-30, 1e30, "17", torch.tensor(3), torch.tensor([1.5, 2.0])]
+
+
+def argument_case(number: int) -> bool:
+    """One call of the op, one or two of whose arguments were changed: it is refused by an error that names one of them,
+    or takes them. Says whether it did."""
+    pick = random.Random(number)
+    torch.manual_seed(number)
+    settings: dict[str, Any] = {"n_hard": 16, **dict.fromkeys(KINDS, 4), "alpha_max": 0.5, "beta_max": 1.5}
+    settings |= {"gamma_max": 0.5, "sigma": 0.01, "delta": 0.01, "eta": 0.01, "extrapolate_from": "query"}
+    tensors = {name: F.normalize(torch.randn(rows, 16), dim=1) for name, rows in (("q", 5), ("k", 5), ("queue", 40))}
+    if pick.random() < 0.3:
+        tensors |= {"labels": torch.randint(0, 3, (5,)), "queue_labels": torch.randint(0, 3, (40,))}
+    arguments: dict[str, Any] = {
+        "temperature": 0.2,
+        "seed": 0,
+        "step": 0,
+        "row_offset": 0,
+        "backend": "auto",
+        **tensors,
+    }
+    usable = [name for name, state in backends().items() if state == "ok"]
+    arguments["backend"] = pick.choice(["auto", "eager"] if "labels" in tensors else ["auto", *usable])
+    changed = pick.sample([*settings, *arguments, *tensors], pick.choice([1, 1, 2]))
+    for name in changed:
+        if name in tensors:
+            arguments[name] = pick.choice(_TENSORS)(tensors[name], pick)
+        else:
+            (settings if name in settings else arguments)[name] = pick.choice(_NUMBERS)
+    try:
+        result = infonce(hard=HardNegatives(**settings), **arguments)
+    except (TypeError, ValueError) as error:
+        assert any(re.search(rf"\b{name}(_labels)?\b", str(error)) for name in changed), f"{changed}: {error}"
+        return False
+    assert result.loss.shape == () and result.rank.shape == (len(arguments["q"]),)
+    return True
+
+
 def config_case(number: int) -> bool:
     """One mutated configuration: it loads, or it is refused by a UserError of one screen. Says whether it loaded."""
     pick = random.Random(number)
@@ -89,15 +145,50 @@ def config_case(number: int) -> bool:
 
 
 def _mutate(values: dict[str, Any], pick: random.Random) -> None:
-    """Change, add or drop one key, at the top or in a section."""
-    sections = [value for value in values.values() if isinstance(value, dict)]
-    target = pick.choice([values, *sections])
-    keys = [*target, pick.choice(list(config.key_paths())).rpartition(".")[2], "nonsense"]
-    key = pick.choice(keys)
-    if pick.random() < 0.2:
+    """Change, add or drop one key: to what its schema knows, at its bounds and beyond them, or to anything; or a key
+    that is not there."""
+    path, schema = pick.choice(_LEAVES)
+    section, _, key = path.rpartition(".")
+    target = values.setdefault(section, {}) if section else values
+    if not isinstance(target, dict):  # of an earlier mutation
+        return
+    kind = pick.random()
+    if kind < 0.15:
         target.pop(key, None)
-    else:
+    elif kind < 0.6:
+        target[key] = pick.choice(_of_schema(schema))
+    elif kind < 0.9:
         target[key] = pick.choice(_VALUES)
+    elif kind < 0.95:
+        target["nonsense"] = 1
+    elif section:
+        values[section] = pick.choice(_VALUES)
+
+
+def _leaves() -> list[tuple[str, dict[str, Any]]]:
+    """Every key of a configuration with its part of the schema."""
+    whole = config.Config.model_json_schema()
+    found = []
+    for name, part in whole["properties"].items():
+        inner = whole["$defs"][part["$ref"].rpartition("/")[2]]["properties"] if "$ref" in part else None
+        found += [(name, part)] if inner is None else [(f"{name}.{key}", schema) for key, schema in inner.items()]
+    return found
+
+
+_LEAVES = _leaves()
+
+
+def _of_schema(schema: dict[str, Any]) -> list[Any]:
+    """What a key takes, and what lies just outside."""
+    found = [schema["default"]] if "default" in schema else []
+    for part in [schema, *schema.get("anyOf", ())]:
+        found += part.get("enum", ())
+        found += [True, False] if part.get("type") == "boolean" else []
+        for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+            if name in part:
+                bound = part[name]
+                found += [bound, bound - 1, bound + 1, bound * (1 - 1e-9), bound * (1 + 1e-9)]
+    return found or _VALUES
 
 
 def checkpoint_case(number: int, folder: Path) -> bool:

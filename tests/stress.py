@@ -1,6 +1,7 @@
 """`make stress`: the long counts, resumable; what they found is appended to docs/reliability.md.
 
-Progress is kept in runs/stress/progress.json. A stage that is done is written down and starts anew the next time.
+Progress is kept in runs/stress/progress.json until all is done. Within a stage it is saved every 50 cases; a run with
+kills of several processes and the soak are one case each, and start anew.
 """
 
 import argparse
@@ -46,10 +47,13 @@ class Stage:
         saved = json.loads(PROGRESS.read_text()).get(name, {}) if PROGRESS.exists() else {}
         self.name, self.count = name, count
         self.done, self.findings = saved.get("done", 0), saved.get("findings", [])
+        self.over = saved.get("over")  # so many cases were run, and are written down
         self.outcomes = collections.Counter(saved.get("outcomes", {}))
 
     def run(self, case: Callable[[int], object], at_once: int = 1) -> None:
-        """`case` takes the number of a case, and runs that one and the at_once - 1 after it."""
+        """`case` takes the number of a case, and runs that one and the at_once - 1 after it; none if all were run."""
+        if self.over == self.count:
+            return
         while self.done < self.count:
             try:
                 outcome = case(self.done)
@@ -64,22 +68,27 @@ class Stage:
         self.finish()
 
     def finish(self) -> None:
-        """Write the result down and forget the progress."""
+        """Write the result down."""
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
         ).stdout.strip()
         happened = [f"{count}: {text}" for text, count in sorted(self.outcomes.items())]
-        found = "; ".join(self.findings) or ". ".join(["none", *happened])
+        found = ". ".join(["; ".join(self.findings) or "none", *happened])
         row = f"| {datetime.date.today()} | {commit} | {self.name} | {self.count} | {found} |\n"
         with LEDGER.open("a", encoding="utf-8") as file:
             file.write(row)
         print(row, end="")
-        self.done, self.findings, self.outcomes = 0, [], collections.Counter()
+        self.over = self.count
         self._save()
 
     def _save(self) -> None:
         state = json.loads(PROGRESS.read_text()) if PROGRESS.exists() else {}
-        state[self.name] = {"done": self.done, "findings": self.findings, "outcomes": self.outcomes}
+        state[self.name] = {
+            "done": self.done,
+            "findings": self.findings,
+            "outcomes": self.outcomes,
+            "over": self.over,
+        }
         write_text_atomically(PROGRESS, json.dumps(state))
 
 
@@ -276,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--worker-kills", type=int, default=20, help="of one of 2 processes, and of one of 4")
-    parser.add_argument("--op", type=int, default=2000)
+    parser.add_argument("--op", type=int, default=10000, help="right calls, and wrong ones")
     parser.add_argument("--fused", type=int, default=2000, help="random calls of each fused backend")
     parser.add_argument("--config", type=int, default=10000)
     parser.add_argument("--damaged", type=int, default=2000, help="checkpoints; shards and lists")
@@ -288,6 +297,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     Stage("slow tests", 1).run(slow_tests)
     Stage("op: eager against reference, float64", arguments.op).run(fuzz.op_case)
+    Stage("op: changed arguments", arguments.op).run(fuzz.argument_case)
     for name in RANDOM_CALLS:
         random_calls(name, arguments.fused)
     Stage("mutated configurations", arguments.config).run(fuzz.config_case)
@@ -300,6 +310,7 @@ def main() -> None:
     soak(arguments.soak)
     for processes in (2, 4):
         Kills(arguments.worker_kills, processes).run()
+    PROGRESS.unlink()
 
 
 if __name__ == "__main__":

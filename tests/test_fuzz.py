@@ -14,6 +14,11 @@ def test_op_cases(start: int) -> None:
         fuzz.op_case(number)
 
 
+def test_argument_cases() -> None:
+    taken = [fuzz.argument_case(number) for number in range(200)]
+    assert 0 < sum(taken) < len(taken)
+
+
 def test_config_cases() -> None:
     loaded = [fuzz.config_case(number) for number in range(300)]
     assert 0 < sum(loaded) < len(loaded), "mutations that always or never load would test nothing"

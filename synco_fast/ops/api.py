@@ -57,7 +57,7 @@ def infonce(
     """
     checks.tensors(q, k, queue, hard, labels, queue_labels)
     checks.arguments(temperature, seed, row_offset)
-    step = checks.step_tensor(step, q)
+    temperature, step = float(temperature), checks.step_tensor(step, q)
     name = choose(backend, queue, hard, temperature, labels)
     if name == "reference":
         with torch.autocast(q.device.type, enabled=False):

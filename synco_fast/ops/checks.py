@@ -21,7 +21,10 @@ def tensors(
     q: Tensor, k: Tensor, queue: Tensor, hard: HardNegatives, labels: Tensor | None, queue_labels: Tensor | None
 ) -> None:
     """Refuse shapes, dtypes and devices that do not fit."""
+    if not isinstance(hard, HardNegatives):
+        raise TypeError(f"hard must be HardNegatives, got {hard!r}")
     for name, tensor in (("q", q), ("k", k), ("queue", queue)):
+        _dense(name, tensor)
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions (rows, D), got shape {tuple(tensor.shape)}")
         if tensor.dtype not in _FLOATS:
@@ -47,6 +50,8 @@ def tensors(
 
 def arguments(temperature: float, seed: int, row_offset: int) -> None:
     """Refuse scalars outside their range."""
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     for name, value in (("seed", seed), ("row_offset", row_offset)):
@@ -61,6 +66,8 @@ def arguments(temperature: float, seed: int, row_offset: int) -> None:
 def step_tensor(step: int | Tensor, q: Tensor) -> Tensor:
     """The step as an int64 scalar tensor on q's device."""
     if isinstance(step, int):
+        if not 0 <= step < 2**63:
+            raise ValueError(f"step must lie in [0, 2^63), got {step}")
         return torch.full((), step, dtype=torch.int64, device=q.device)
     if not isinstance(step, Tensor):
         raise TypeError(f"step must be an int or an int64 scalar tensor, got {step!r}")
@@ -72,6 +79,8 @@ def step_tensor(step: int | Tensor, q: Tensor) -> Tensor:
 
 def enqueue(queue: Tensor, pointer: Tensor, k: Tensor) -> None:
     """Refuse an enqueue that does not fit."""
+    for name, tensor in (("queue", queue), ("pointer", pointer), ("k", k)):
+        _dense(name, tensor)
     if k.dim() != 2 or queue.dim() != 2 or k.shape[1] != queue.shape[1]:
         raise ValueError(
             f"k must have shape (B, D) with the queue's D; got k {tuple(k.shape)}, queue {tuple(queue.shape)}"
@@ -83,16 +92,24 @@ def enqueue(queue: Tensor, pointer: Tensor, k: Tensor) -> None:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if pointer.dtype != torch.int64 or pointer.dim() > 1 or pointer.numel() != 1:
         raise TypeError(f"pointer must be an int64 scalar tensor, got {pointer.dtype} {tuple(pointer.shape)}")
-    _same_device("pointer", pointer, queue)
-    _same_device("k", k, queue)
+    _same_device("pointer", pointer, queue, "queue")
+    _same_device("k", k, queue, "queue")
 
 
-def _same_device(name: str, tensor: Tensor, other: Tensor) -> None:
+def _dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}")
+
+
+def _same_device(name: str, tensor: Tensor, other: Tensor, whose: str = "q") -> None:
     if tensor.device != other.device:
-        raise ValueError(f"{name} must be on {other.device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on {whose}'s device {other.device}, got {tensor.device}")
 
 
 def _label_vector(name: str, labels: Tensor, rows: Tensor) -> None:
+    _dense(name, labels)
     if labels.dtype != torch.int64 or labels.shape != rows.shape[:1]:
         raise ValueError(f"{name} must be int64 of shape ({len(rows)},), got {labels.dtype} {tuple(labels.shape)}")
     _same_device(name, labels, rows)

@@ -46,7 +46,7 @@ def choose(backend: str, queue: Tensor, hard: HardNegatives, temperature: float,
     """
     if backend == "auto":
         return _automatic(queue, hard, temperature, labels)
-    if backend not in _STATUS:
+    if not isinstance(backend, str) or backend not in _STATUS:
         raise ValueError(f"unknown backend {backend!r}: expected auto or one of {', '.join(_STATUS)}")
     state = _state(backend)
     if state != "ok":

@@ -8,6 +8,9 @@ from typing import Any, Literal, NamedTuple
 KINDS = ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")
 """The kinds of synthetic negative. The position of a kind in this tuple is its number in the Philox counter."""
 
+MOST = 2**20
+"""Of a count: far beyond what anybody asks for, and within what a machine can hold."""
+
 
 @dataclass(frozen=True)
 class HardNegatives:
@@ -27,7 +30,8 @@ class HardNegatives:
 
     Attributes:
         n_hard: size of the hard set: the rows of the queue most similar to the query. 0 when nothing is made.
-        interpolated, extrapolated, mixed, noisy, perturbed, adversarial: vectors of that kind for each query.
+        interpolated, extrapolated, mixed, noisy, perturbed, adversarial: vectors of that kind for each query, at most
+            2^20.
         extrapolate_from: "query" is the form above, which the published numbers came from; "negative" is the
             one the paper's text states, n + b (n - q).
     """
@@ -50,12 +54,13 @@ class HardNegatives:
     def __post_init__(self) -> None:
         for name in ("n_hard", *KINDS):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
+                raise ValueError(f"{name} must be a whole number in [0, {MOST}], got {value!r}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high or value == math.inf:
                 raise ValueError(f"{name} must lie in [{low}, {high}] and be finite, got {value!r}")
+            object.__setattr__(self, name, float(value))
         if self.extrapolate_from not in ("query", "negative"):
             raise ValueError(f'extrapolate_from must be "query" or "negative", got {self.extrapolate_from!r}')
         if self.total and not self.n_hard:

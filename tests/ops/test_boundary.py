@@ -61,11 +61,11 @@ WRONG: dict[str, tuple[Callable[[Arguments], Arguments], type[Exception], str]] 
         TypeError,
         "queue must be float16, .* got torch.float8",
     ),
-    "k device": (lambda a: {"k": a["k"].to("meta")}, ValueError, "k must be on cpu, got meta"),
+    "k device": (lambda a: {"k": a["k"].to("meta")}, ValueError, "k must be on [a-z]+'s device cpu, got meta"),
     "queue device": (
         lambda a: {"queue": a["queue"].to("meta")},
         ValueError,
-        "queue must be on cpu, got meta",
+        "queue must be on [a-z]+'s device cpu, got meta",
     ),
     "n_hard": (
         lambda a: {"hard": everything(41)},
@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[Callable[[Arguments], Arguments], type[Exception], str]] 
     "step device": (
         lambda a: {"step": torch.tensor(1, device="meta")},
         ValueError,
-        "step must be on cpu, got meta",
+        "step must be on [a-z]+'s device cpu, got meta",
     ),
     "seed float": (lambda a: {"seed": 1.5}, TypeError, "seed must "),
     "row_offset float": (lambda a: {"row_offset": 1.5}, TypeError, "row_offset must "),
@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[Callable[[Arguments], Arguments], type[Exception], str]] 
     "labels device": (
         with_labels(labels=torch.zeros(5, dtype=torch.int64, device="meta")),
         ValueError,
-        "labels must be on cpu, got meta",
+        "labels must be on [a-z]+'s device cpu, got meta",
     ),
     "queue_labels length": (
         with_labels(queue_labels=torch.zeros(5, dtype=torch.int64)),
@@ -145,7 +145,7 @@ WRONG: dict[str, tuple[Callable[[Arguments], Arguments], type[Exception], str]] 
     "queue_labels device": (
         with_labels(queue_labels=torch.zeros(40, dtype=torch.int64, device="meta")),
         ValueError,
-        "queue_labels must be on cpu, got meta",
+        "queue_labels must be on [a-z]+'s device cpu, got meta",
     ),
 }
 
