@@ -159,7 +159,9 @@ class Trainer(Section):
         None, description="stop after this many steps in all, 0: at the random start; null: after the epochs"
     )
     max_hours: AboveZero | None = Field(
-        None, description="stop as a signal would, with a checkpoint and exit code 75, after so long; null: no limit"
+        None,
+        description="so long after its start (torchrun's, if there is one) stop as a signal would, with a checkpoint and "
+        "exit code 75; null: no limit",
     )
     skip_nonfinite: Annotated[int, Field(ge=0, le=10000)] = Field(
         0, description="steps of a non-finite loss or gradient that a run leaves out and goes on after, in all"

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,11 +19,13 @@ class Stop:
 
     Args:
         processes: of the run, which must stop at the same step.
-        hours: after so long it is time to stop; None: never.
+        hours: after so long it is time to stop; None: never. Counted from the start of torchrun, if there is one, as
+            a scheduler counts, however often it has started this process.
     """
 
     def __init__(self, processes: Processes, hours: float | None = None) -> None:
-        self._processes, self._hours, self._started = processes, hours, time.monotonic()
+        self._processes, self._hours = processes, hours
+        self._started = started(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid())
         self._number: int | None = None
         self._launcher = os.getppid()
 
@@ -39,7 +42,7 @@ class Stop:
     @property
     def asked(self) -> bool:
         """Whether this process has to stop, of itself."""
-        late = self._hours is not None and time.monotonic() - self._started > 3600 * self._hours
+        late = self._hours is not None and time.clock_gettime(time.CLOCK_BOOTTIME) - self._started > 3600 * self._hours
         return self._number is not None or late
 
     def came(self, agree: bool) -> bool:
@@ -64,6 +67,12 @@ class Stop:
         if self._number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._number = number
+
+
+def started(process: int) -> float:
+    """When a process was started, in seconds of CLOCK_BOOTTIME."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # a name may hold anything
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def agreed(processes: Processes, agree: bool, *wishes: bool) -> list[bool]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import call, contents
-from tests.conftest import SYNCO_FAST, TINY, environment
+from tests.conftest import REPOSITORY, SYNCO_FAST, TINY, environment
 from tests.disks import mounted
 from tests.engine.ranks import Launched
 from tests.engine.runs import differences, final_state, pretrain_command, rows
@@ -62,6 +63,20 @@ def test_out_of_time(config: Path, images: Path, tmp_path: Path, undisturbed: Pa
     done = call(*command(config, images, tmp_path / "run")[len(SYNCO_FAST) :])
     assert done.code == 0, done.err
     check_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_time_counts_from_the_start_of_torchrun(launched: bool) -> None:
+    """Of which this process is a later start: half a second more than it has lived is over for one, not the other."""
+    code = (
+        "import os, time; from synco_fast.engine.stopping import Stop, started;"
+        "age = time.clock_gettime(time.CLOCK_BOOTTIME) - started(os.getpid());"
+        "print(Stop(None, (age + 0.5) / 3600).asked)"
+    )
+    shell = ["sh", "-c", f"sleep 1; {sys.executable} -c '{code}'; exit $?"]
+    variables = environment() | ({"TORCHELASTIC_RUN_ID": "x"} if launched else {})
+    done = subprocess.run(shell, env=variables, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{launched}\n"
 
 
 def bound_by_permissions() -> None:
