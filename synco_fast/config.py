@@ -160,8 +160,8 @@ class Trainer(Section):
     )
     max_hours: AboveZero | None = Field(
         None,
-        description="so long after its start (torchrun's, if there is one) stop as a signal would, with a checkpoint and "
-        "exit code 75; null: no limit",
+        description="so long after its start (torchrun's, if there is one) stop as a signal would, with a "
+        "checkpoint and exit code 75; null: no limit",
     )
     skip_nonfinite: Annotated[int, Field(ge=0, le=10000)] = Field(
         0, description="steps of a non-finite loss or gradient that a run leaves out and goes on after, in all"
