@@ -65,7 +65,12 @@ class Watchdog:
             f"trainer.stall_minutes = {self._minutes:g}"
         ]
         if many > 1:
-            lines += self._others(patience)
+            # In a thread, as a store that hangs itself keeps whoever asks it, whatever its timeout.
+            said: list[str] = []
+            asking = threading.Thread(target=lambda: said.extend(self._others(patience)), daemon=True)
+            asking.start()
+            asking.join(3 * max(1.0, patience))
+            lines += said or ["the other ranks cannot be asked: their store does not answer"]
         print("\n  ".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
 
@@ -90,4 +95,4 @@ class Watchdog:
 
     def _key(self, rank: int) -> str:
         """Of this start of the processes: torchrun's store outlives them."""
-        return f"synco_fast/stalled/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+        return f"synco_fast/stalled/{self._processes.start}/{rank}"
