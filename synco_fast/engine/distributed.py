@@ -1,6 +1,8 @@
 """The processes of a run, as torchrun started them."""
 
 import os
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
@@ -22,11 +24,13 @@ class Processes:
 
     Attributes:
         rank: global rank. world_size: number of processes. device: where this one computes.
+        start: a name that these processes share with no earlier start of theirs.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    start: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -74,7 +78,8 @@ def start(device: torch.device, minutes: float | None = None) -> Processes:
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         # torchrun's store may outlive its processes, with the addresses of those that were there before a restart.
-        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        name = name_of_start(store, rank, world_size, timeout)
+        store = PrefixStore(f"start {name}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
@@ -83,7 +88,28 @@ def start(device: torch.device, minutes: float | None = None) -> Processes:
             f"rank {os.environ.get('RANK')} of {world_size} cannot join the others at {place} (MASTER_ADDR, "
             f"MASTER_PORT): {_first_line(error)}"
         ) from error
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    return Processes(dist.get_rank(), dist.get_world_size(), device, name)
+
+
+def name_of_start(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """The same for all that start together, and new. torchrun's count of restarts is each machine's own.
+
+    Each asks whoever the store says is rank 0, until it is answered, which rank 0 of an earlier start no longer does.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("rank 0", mine)
+        for other in range(1, world_size):
+            asked = store.get(f"{mine} asked by {other}").decode()
+            store.set(f"answer to {asked}", mine)
+        return mine
+    end = time.monotonic() + timeout.total_seconds()
+    while not store.check([f"answer to {mine}"]):
+        if time.monotonic() > end:
+            raise RuntimeError(f"rank 0 has not answered within {timeout.total_seconds():g} s")
+        store.set(f"{store.get('rank 0').decode()} asked by {rank}", mine)
+        time.sleep(0.05)
+    return store.get(f"answer to {mine}").decode()
 
 
 def lost(error: RuntimeError) -> str | None:

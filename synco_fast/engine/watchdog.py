@@ -68,12 +68,13 @@ class Watchdog:
             f"error: rank {rank} of {many} has been at step {self._step}, in {self._what}, for more than "
             f"trainer.stall_minutes = {self._minutes:g}"
         ]
-        if many > 1:  # in a thread: torch's store may wait without a limit for a machine that is gone
-            found: list[str] = []
-            asking = threading.Thread(target=lambda: found.extend(self._others(patience)), daemon=True)
+        if many > 1:
+            # In a thread, as a store that hangs itself keeps whoever asks it, whatever its timeout.
+            said: list[str] = []
+            asking = threading.Thread(target=lambda: said.extend(self._others(patience)), daemon=True)
             asking.start()
-            asking.join(3 * patience)
-            lines += found or ["the other ranks cannot be asked: no answer"]
+            asking.join(3 * max(1.0, patience))
+            lines += said or ["the other ranks cannot be asked: their store does not answer"]
         print("\n  ".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
 
@@ -98,4 +99,4 @@ class Watchdog:
 
     def _key(self, rank: int) -> str:
         """Of this start of the processes: torchrun's store outlives them."""
-        return f"synco_fast/stalled/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+        return f"synco_fast/stalled/{self._processes.start}/{rank}"
