@@ -2,12 +2,11 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,33 +73,6 @@ def _put(path: Path, make: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # after a success it is not there any more
             temporary.unlink()
-
-
-@contextlib.contextmanager
-def held(path: Path, who: str) -> Iterator[None]:
-    """Hold a file that only one process can hold; the system takes it from one that ends, however it does.
-
-    Where the file system knows no such thing, nothing is held.
-
-    Raises:
-        UserError: another process has it; `who` is what the message says that is.
-    """
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise UserError(
-                f"{who} is at work there, process {owner}; wait for its end, or name another folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 def write_text_atomically(path: Path, text: str) -> None:

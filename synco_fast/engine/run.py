@@ -24,7 +24,7 @@ from synco_fast.engine import checkpoints, distributed, foreign, optim
 from synco_fast.engine import speed as speeds
 from synco_fast.engine.agreement import check_start
 from synco_fast.engine.distributed import Processes
-from synco_fast.engine.output import owned
+from synco_fast.engine.output import claimed
 from synco_fast.engine.probe import KnnProbe, held_out_like
 from synco_fast.engine.trainer import Trainer
 from synco_fast.errors import UserError
@@ -50,8 +50,8 @@ def pretrain(config: Config, *, resume: str | None = None) -> None:
     with joined(config) as processes:
         trainer = build(config, processes, resume)
         output = Path(config.output)
-        with owned(output, processes, f"output = {output}", partial(_write_config, output, config)):
-            trainer.run()
+        claim = claimed(output, processes, f"output = {output}", partial(_write_config, output, config))
+        trainer.run(claim)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from synco_fast.engine.agreement import Fingerprint
 from synco_fast.engine.collapse import alarm, spread_and_rank
 from synco_fast.engine.distributed import Processes, gather_numbers
 from synco_fast.engine.metrics import MetricsLog, named
+from synco_fast.engine.output import Claim
 from synco_fast.engine.probe import KnnProbe
 from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.schedules import learning_rate, scaled
@@ -76,13 +77,15 @@ class Trainer:
         self._watchdog = Watchdog(processes, config.trainer.stall_minutes)
         self._saved_at = time.monotonic()
 
-    def run(self) -> None:
-        """Train to the end.
+    def run(self, claim: Claim) -> None:
+        """Train to the end, in a folder that this run has a claim to.
 
         Raises:
             Interrupted: by a signal or trainer.max_hours, after the step was finished and a checkpoint written.
-            UserError: the loss or a gradient was not finite, or the last checkpoint could not be written.
+            UserError: the loss or a gradient was not finite, another run took the folder, or the last checkpoint could
+                not be written.
         """
+        self._claim = claim
         self._progress = progress = TrainingProgress(self.total_steps, self.step, quiet=not self.processes.is_main)
         if self.processes.is_main:
             self._metrics = MetricsLog(self.output, self.step, self._rows, progress.warn)
@@ -90,7 +93,7 @@ class Trainer:
                 checkpoints.folder(self.output),
                 recent=self.config.checkpoint.recent,
                 hours=self.config.checkpoint.recent_hours,
-                before=self._metrics.sync,
+                before=(claim.check, self._metrics.sync),
                 warn=progress.warn,
             )
         if self.step >= self.total_steps:
@@ -135,7 +138,7 @@ class Trainer:
         self._write_status("finished")
 
     def _write_status(self, status: str) -> None:
-        if self.processes.is_main:
+        if self.processes.is_main and not self._claim.taken():
             content = {"status": status, "step": self.step, "of": self.total_steps}
             with contextlib.suppress(UserError):  # a disk that is full has other things to tell of
                 write_text_atomically(self.output / "status.json", json.dumps(content) + "\n")
@@ -228,6 +231,7 @@ class Trainer:
     def save(self, *, keep_as_epoch: int | None = None) -> None:
         """Begin to write a checkpoint of a sound state; all processes call it, the main one writes."""
         self._watchdog.at("writing a checkpoint", self.step)
+        self._claim.check_all()
         self._check()
         self._stop_if_weights_overflowed()
         state = self.state()

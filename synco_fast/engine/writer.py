@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class CheckpointWriter:
 
     Args:
         folder: of the checkpoints. recent: how many of the newest stay. hours: younger ones stay, too.
-        before: called before a file takes its place: what it stands for must be on disk by then.
+        before: called one after another before a file is written: what it stands for must be on disk by then.
         warn: told what could not be written.
     """
 
@@ -34,7 +34,7 @@ class CheckpointWriter:
         *,
         recent: int,
         hours: float,
-        before: Callable[[], object],
+        before: Sequence[Callable[[], object]],
         warn: Callable[[str], object],
     ) -> None:
         self._folder, self._recent, self._hours, self._before, self._warn = folder, recent, hours, before, warn
@@ -70,7 +70,8 @@ class CheckpointWriter:
         try:
             if ready is not None:
                 ready.synchronize()
-            self._before()
+            for call in self._before:
+                call()
             path = self._folder / checkpoints.step_name(state["step"])
             checkpoints.write(path, state)
             if keep_as_epoch is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from synco_fast.config_text import listing
 from synco_fast.engine import checkpoints
 from synco_fast.engine.metrics import MetricsLog
-from synco_fast.engine.output import LOCK, owned
+from synco_fast.engine.output import OWNER, claimed
 from synco_fast.engine.progress import TrainingProgress
 from synco_fast.engine.run import to_go_on_with
 from synco_fast.engine.stopping import Stop
@@ -15,7 +15,7 @@ from synco_fast.engine.writer import CheckpointWriter, finish
 from synco_fast.errors import Interrupted, UserError
 from synco_fast.evaluation.session import Session
 
-FILES = ("checkpoints", "metrics.jsonl", "metrics.damaged.jsonl", "tensorboard", LOCK)
+FILES = ("checkpoints", "metrics.jsonl", "metrics.damaged.jsonl", "tensorboard", OWNER)
 """What a journal leaves in the output folder."""
 
 _ENTRIES = {"command": str, "run": dict, "finished": list, "step": int, "training": dict}
@@ -71,7 +71,16 @@ class Journal:
         self._total = total
         self._progress = TrainingProgress(total, self.step, quiet=not self.processes.is_main)
         try:
-            with owned(self.output, self.processes, f"--output {self.output}", self._begin), self._stop:
+            self._claim = claimed(self.output, self.processes, f"--output {self.output}", self._begin)
+            if self._metrics is not None:
+                self._writer = CheckpointWriter(
+                    checkpoints.folder(self.output),
+                    recent=2,
+                    hours=0,
+                    before=(self._claim.check, self._metrics.sync),
+                    warn=self._progress.warn,
+                )
+            with self._stop:
                 if self.step >= total:
                     self._progress.say(f"nothing to do: step {self.step} of {total} is done")
                 try:
@@ -87,13 +96,6 @@ class Journal:
     def _begin(self) -> None:
         assert self._progress is not None
         self._metrics = MetricsLog(self.output, self.step, self._rows, self._progress.warn)
-        self._writer = CheckpointWriter(
-            checkpoints.folder(self.output),
-            recent=2,
-            hours=0,
-            before=self._metrics.sync,
-            warn=self._progress.warn,
-        )
 
     def _close(self) -> None:
         assert self._progress is not None
@@ -126,7 +128,12 @@ class Journal:
         self._progress.warn(text)
 
     def save(self, training: dict[str, Any]) -> None:
-        """Begin to write a checkpoint; the main process does."""
+        """Begin to write a checkpoint; all processes call it, the main one writes.
+
+        Raises:
+            UserError: another run has taken the folder.
+        """
+        self._claim.check_all()
         if self._metrics is not None and self._writer is not None:
             state = {
                 "command": self._command,

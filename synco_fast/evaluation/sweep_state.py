@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from synco_fast.evaluation.sweep import (
     differences,
     recorded,
 )
-from synco_fast.files import held, write_text_atomically
+from synco_fast.files import write_text_atomically
 
 _PATIENCE = 0.2  # seconds between two looks at a lock
 
@@ -129,13 +130,22 @@ def alone(output: Path, say: Callable[[str], object]) -> Iterator[int]:
     Raises:
         UserError: another sweep is at work there.
     """
-    own = held(output / OWN_LOCK, f"--output {output}: another sweep")
-    with own, (output / CHILDREN_LOCK).open("a") as children:
-        if not _take(children):
-            say(f"waiting for what a sweep that was killed left running in {output}")
-        while not _take(children):
-            time.sleep(_PATIENCE)
-        yield children.fileno()
+    with (output / OWN_LOCK).open("a+") as own:
+        if not _take(own):
+            own.seek(0)
+            raise UserError(
+                f"--output {output}: another sweep is at work there, process {own.read().strip() or 'unknown'}; wait "
+                "for its end, or name another folder"
+            )
+        own.truncate(0)
+        own.write(f"{os.getpid()}\n")
+        own.flush()
+        with (output / CHILDREN_LOCK).open("a") as children:
+            if not _take(children):
+                say(f"waiting for what a sweep that was killed left running in {output}")
+            while not _take(children):
+                time.sleep(_PATIENCE)
+            yield children.fileno()
 
 
 def _take(file: IO[str]) -> bool:

@@ -5,7 +5,7 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def state(step: int, numbers: int = 10) -> dict[str, Any]:
 class Writer(CheckpointWriter):
     """Of a folder, with what it has said."""
 
-    def __init__(self, output: Path, *, recent: int = 2, hours: float = 0.0, before: Callable[[], Any] = dict) -> None:
+    def __init__(
+        self, output: Path, *, recent: int = 2, hours: float = 0.0, before: Sequence[Callable[[], Any]] = ()
+    ) -> None:
         self.said: list[str] = []
         self.folder = checkpoints.folder(output)
         self.folder.mkdir(exist_ok=True)
@@ -136,7 +138,7 @@ def test_what_it_stands_for_comes_first(tmp_path: Path) -> None:
     def fail() -> None:
         raise UserError("metrics.jsonl: cannot write it")
 
-    writer = Writer(tmp_path, before=fail).saved(10)
+    writer = Writer(tmp_path, before=(fail,)).saved(10)
     assert writer.names() == set() and "metrics.jsonl: cannot write it" in writer.said[0]
 
 
