@@ -69,9 +69,9 @@ class Stage:
 
     def finish(self) -> None:
         """Write the result down."""
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        commit = _git("describe", "--always")
+        if _git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{LEDGER.relative_to(REPOSITORY)}"):
+            commit += "-dirty"
         happened = [f"{count}: {text}" for text, count in sorted(self.outcomes.items())]
         found = ". ".join(["; ".join(self.findings) or "none", *happened])
         row = f"| {datetime.date.today()} | {commit} | {self.name} | {self.count} | {found} |\n"
@@ -90,6 +90,11 @@ class Stage:
             "over": self.over,
         }
         write_text_atomically(PROGRESS, json.dumps(state))
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 class Kills:
