@@ -1,5 +1,6 @@
 """Several processes under torchrun: a function on each with what it returned, or a command with what it said."""
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -54,7 +55,8 @@ class Launched:
         """Its processes, in order of rank."""
         command = ["pgrep", "--parent", str(self.process.pid), "-f", "synco_fast"]
         listed = subprocess.run(command, capture_output=True, text=True, check=False)
-        return sorted(map(int, listed.stdout.split()), key=_rank)
+        found = [(_rank(process), process) for process in map(int, listed.stdout.split())]
+        return [process for rank, process in sorted(found) if rank >= 0]
 
     def wait_for(self, text: str, start: int = 0) -> None:
         """Until it says so, after so many lines."""
@@ -70,8 +72,12 @@ class Launched:
 
 
 def _rank(process: int) -> int:
-    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+    """-1: it has gone."""
+    with contextlib.suppress(OSError):
+        for variable in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+            if variable.startswith(b"RANK="):
+                return int(variable[5:])
+    return -1
 
 
 def main(module: str, name: str, folder: str, *arguments: str) -> None:
