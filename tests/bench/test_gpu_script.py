@@ -62,6 +62,7 @@ def test_what_cannot_be_is_refused(given: dict[str, str], message: str, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_failures_cost_themselves_and_a_second_run_mends_them(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

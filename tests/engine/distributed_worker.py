@@ -7,6 +7,7 @@ import torch
 
 from synco_fast.config import load
 from synco_fast.engine import distributed
+from synco_fast.engine.output import claimed
 from synco_fast.engine.run import build
 
 
@@ -44,7 +45,7 @@ def main(config_file: str, folder: str, mode: str, *overrides: str) -> None:
         saved = {"samples": samples, "steps": steps, "skipped": trainer.loader.bad.found}
         saved["state"] = trainer.state()["loader"]
     else:
-        trainer.run()
+        trainer.run(claimed(trainer.output, processes, "output", lambda: None))
     saved |= {"model": trainer.contrast.state_dict()}
     torch.save(saved, f"{folder}/rank-{processes.rank}-of-{processes.world_size}.pt")
     processes.barrier()

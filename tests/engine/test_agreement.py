@@ -1,7 +1,6 @@
 """Processes that were not started alike, or whose models part, are told apart by name."""
 
-from pathlib import Path
-
+import pytest
 import torch
 
 from synco_fast.engine.agreement import Fingerprint, _split, check_start
@@ -47,11 +46,18 @@ def _answer(contrast: MomentumContrast, processes: Processes) -> str:
     return ""
 
 
-def test_one_changed_bit_names_the_rank(tmp_path: Path) -> None:
-    """The last bit of one number, on one of three ranks; batch norm's statistics are each rank's own."""
-    ranks = on_ranks(told, 3, tmp_path)
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str]:
+    """What `told` and `started` give on each of three ranks."""
+    ranks = on_ranks(both, 3, tmp_path_factory.mktemp("ranks"))
     assert ranks[0] == ranks[1] == ranks[2]
-    found = dict(zip(CHANGES, ranks[0], strict=True))
+    told_, started_ = ranks[0]
+    return told_, started_
+
+
+def test_one_changed_bit_names_the_rank(answers: tuple[list[str], str]) -> None:
+    """The last bit of one number, on one of three ranks; batch norm's statistics are each rank's own."""
+    found = dict(zip(CHANGES, answers[0], strict=True))
     assert found["nothing"] == found["statistics"] == ""
     for name in ("query encoder", "key encoder", "queue"):
         assert f"\n  {name}: rank 1 has other bits than most" in found[name]
@@ -66,6 +72,10 @@ def test_of_two_neither_is_blamed() -> None:
     assert _split([5, 6, 6]) == (6, "most", [0])
 
 
+def both(processes: Processes) -> tuple[list[str], str]:
+    return told(processes), started(processes)
+
+
 def started(processes: Processes) -> str:
     facts = {"torch": "2.14.1", "processes on the host": "8", "data set": "100 images"}
     if processes.rank == 2:
@@ -77,9 +87,8 @@ def started(processes: Processes) -> str:
     return ""
 
 
-def test_processes_that_were_not_started_alike(tmp_path: Path) -> None:
-    ranks = on_ranks(started, 3, tmp_path)
-    assert ranks[0] == ranks[1] == ranks[2]
-    assert "the 3 processes cannot work together" in ranks[0]
-    assert "processes on the host: 4 on rank 2 (host " in ranks[0] and "8 on most" in ranks[0]
-    assert "data set: 99 images, ü on rank 2" in ranks[0] and "torch:" not in ranks[0]
+def test_processes_that_were_not_started_alike(answers: tuple[list[str], str]) -> None:
+    text = answers[1]
+    assert "the 3 processes cannot work together" in text
+    assert "processes on the host: 4 on rank 2 (host " in text and "8 on most" in text
+    assert "data set: 99 images, ü on rank 2" in text and "torch:" not in text

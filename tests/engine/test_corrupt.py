@@ -82,7 +82,7 @@ def test_skip_says_and_counts_each_bad_file_once(hostile: tuple[Path, set[str]],
     assert first["bank"] == second["bank"] == N - len(bad) and first["held_out"] == 2
 
 
-@pytest.mark.parametrize("step", [9, 27])
+@pytest.mark.parametrize("step", [9, pytest.param(27, marks=pytest.mark.slow)])
 def test_killed_after_skips(
     step: int, hostile: tuple[Path, set[str]], undisturbed: tuple[Path, str], tiny: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ def launch(processes: int, config: Path, folder: Path, mode: str, *overrides: st
     return [torch.load(path, weights_only=True) for path in paths]
 
 
-@pytest.mark.parametrize("mode", ["split", "shuffle", "plain"])
+@pytest.mark.parametrize("mode", ["split", "shuffle", pytest.param("plain", marks=pytest.mark.slow)])
 def test_ranks_agree(mode: str, images: Path, tiny: Path, tmp_path: Path) -> None:
     """After 20 steps queue and weights are the same bits on both ranks; batch norm's statistics are each rank's own."""
     steps = ["trainer.max_steps=20", f"data.root={images}", f"bn.mode={mode}", "bn.group_size=4"]

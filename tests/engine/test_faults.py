@@ -210,7 +210,7 @@ def test_a_process_that_hangs(config: Path, images: Path, tmp_path: Path) -> Non
     assert code == 1 and "rank 1 does not answer" in text, text
 
 
-@pytest.mark.parametrize("mode", ["split", "shuffle"])
+@pytest.mark.parametrize("mode", ["shuffle", pytest.param("split", marks=pytest.mark.slow)])
 def test_a_process_that_is_killed(mode: str, config: Path, images: Path, tmp_path: Path) -> None:
     """SIGKILL to rank 1 of 2, once: the other says so, torchrun starts both again, and they end where two undisturbed
     ones end."""

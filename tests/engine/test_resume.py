@@ -58,7 +58,9 @@ def test_killed_at_random_steps(images: Path, tiny: Path, tmp_path: Path, undist
     assert not list(output.rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_stopped_by_signal(number: int, images: Path, tiny: Path, tmp_path: Path, undisturbed: Path) -> None:
     """The step is finished, the checkpoint is of that very step, the exit code is 75, and the run goes on."""
     command = pretrain_command(tiny, images, tmp_path / "run", "--set", "knn.every_epochs=2")
@@ -71,7 +73,13 @@ def test_stopped_by_signal(number: int, images: Path, tiny: Path, tmp_path: Path
     check_same(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("make", [FORMATS["tar_with_numbers"], FORMATS["imagenet"]], ids=["WebDataset", "TFRecord"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(FORMATS["tar_with_numbers"], id="WebDataset"),
+        pytest.param(FORMATS["imagenet"], id="TFRecord", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_while_reading_shards(
     make: Callable[[Index, Path], Path], images: Path, tiny: Path, tmp_path: Path
 ) -> None:
