@@ -196,7 +196,7 @@ def test_waiting_for_data(config: Path, images: Path, tmp_path: Path) -> None:
 
 def test_a_process_that_hangs(config: Path, images: Path, tmp_path: Path) -> None:
     """SIGSTOP to rank 1: rank 0 says that it does not answer, and ends."""
-    words = command(config, images, tmp_path / "run", "trainer.stall_minutes=0.25", "trainer.epochs=1000")
+    words = command(config, images, tmp_path / "run", "trainer.stall_minutes=0.5", "trainer.epochs=1000")
     launched = Launched(words, 2)
     launched.wait_for("step 3/")
     stopped = launched.workers()[1]

@@ -109,7 +109,7 @@ def test_stopped_killed_and_gone_on(tiny: Path, images: Path, tmp_path: Path) ->
     """
     overrides: dict[str, dict[str, Any]] = {
         "start": {"trainer.max_steps": 0},
-        "long": {"trainer.max_steps": 20},
+        "long": {"trainer.max_steps": 60, "trainer.epochs": 10},
         "lr=0.1": {"trainer.max_steps": 2, "optim": {"lr": 0.1}},
     }
     file = write_sweep(tmp_path / "s.yaml", runs=overrides, evaluate={"knn": {"k": [7, 20], "temperature": 0.2}})
@@ -117,11 +117,11 @@ def test_stopped_killed_and_gone_on(tiny: Path, images: Path, tmp_path: Path) ->
     long, last = output / "long" / "seed-0", output / "lr=0.1" / "seed-0"
 
     sweep = Sweep(file, images, output)
-    sweep.wait_for("\nstep 2/20 ", long / "log.txt")
+    sweep.wait_for("\nstep 2/60 ", long / "log.txt")
     sweep.process.send_signal(signal.SIGTERM)
     assert sweep.process.wait() == 75
     assert "stopped by a signal: 2 of 6 stages are done; the same command goes on" in sweep.said.read_text()
-    assert 2 <= final_state(long)["step"] < 20
+    assert 2 <= final_state(long)["step"] < 60
     before = fingerprint(output)
     assert len(before) == 2
 
