@@ -57,6 +57,14 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same file for many tests, which leave it as it is."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
 def environment() -> dict[str, str]:
     """One thread a process: what runs side by side must not fight for two cores."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

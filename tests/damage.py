@@ -89,8 +89,7 @@ class Scene:
 
     def _go_on(self, output: Path, most: int = END) -> Finished:
         settings = (f"trainer.max_steps={most}", "checkpoint.every_steps=3", "trainer.epochs=2")
-        options = [word for setting in settings for word in ("--set", setting)]
-        command = pretrain_command(self._folder / "tiny.yaml", self._shard.parent, output, *options)
+        command = pretrain_command(self._folder / "tiny.yaml", self._shard.parent, output, settings=settings)
         done = call(*command[len(SYNCO_FAST) :])
         if done.code != 0:
             check_error(done.code, done.err.splitlines()[-1], ())

@@ -129,8 +129,7 @@ class Kills:
         # An epoch of 6 steps, an evaluation and a checkpoint each; long enough that every kill meets a live run.
         epochs, mode = 10 * self.stage.count, "split" if self.processes == 1 else "shuffle"
         settings = [f"trainer.epochs={epochs}", "checkpoint.every_steps=3", "knn.every_epochs=1", f"bn.mode={mode}"]
-        options = [part for setting in settings for part in ("--set", setting)]
-        return pretrain_command(self.config, self.folder / "images", self.folder / name, *options)
+        return pretrain_command(self.config, self.folder / "images", self.folder / name, settings=settings)
 
     def _kill(self, number: int) -> None:
         """Kill at a random moment after the first step of this start; after the last kill, compare."""
@@ -184,8 +183,7 @@ def soak(steps: int) -> None:
         (folder / "tiny.yaml").write_text(TINY)
         settings = [f"trainer.epochs={steps // 6 + 1}", f"trainer.max_steps={steps}", "trainer.log_every=25"]
         settings += ["checkpoint.every_epochs=10", "knn.every_epochs=10"]
-        options = [part for setting in settings for part in ("--set", setting)]
-        command = pretrain_command(folder / "tiny.yaml", folder / "images", folder / "run", *options)
+        command = pretrain_command(folder / "tiny.yaml", folder / "images", folder / "run", settings=settings)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
         assert process.stderr is not None
         memory, handles = [], []

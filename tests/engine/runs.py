@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from synco_fast.files import read_json_lines
 from tests.conftest import SYNCO_FAST, environment
 
 
-def pretrain_command(config: Path, data: Path, output: Path, *options: str) -> list[str]:
+def pretrain_command(config: Path, data: Path, output: Path, *options: str, settings: Sequence[str] = ()) -> list[str]:
+    """A run that goes on with what there is; each setting is a KEY=VALUE."""
     command = [*SYNCO_FAST, "pretrain", str(config), "--data", str(data), "--set", f"output={output}"]
+    command += [word for setting in settings for word in ("--set", setting)]
     return [*command, "--resume", "auto", *options]
 
 

@@ -22,7 +22,7 @@ from torch.distributed import TCPStore
 
 from synco_fast.engine.distributed import name_of_start
 from tests.command import call
-from tests.conftest import REPOSITORY, SYNCO_FAST, TINY, environment
+from tests.conftest import REPOSITORY, SYNCO_FAST, environment
 from tests.engine.ranks import Launched
 from tests.engine.runs import differences, final_state, pretrain_command, rows
 
@@ -141,15 +141,7 @@ def free_port() -> int:
 
 
 def command(config: Path, data: Path, output: Path, *settings: str) -> list[str]:
-    options = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
-    return pretrain_command(config, data, output, *options)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(TINY)
-    return path
+    return pretrain_command(config, data, output, settings=(*SETTINGS, *settings))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import call
-from tests.conftest import REPOSITORY, SYNCO_FAST, TINY, environment
+from tests.conftest import REPOSITORY, SYNCO_FAST, environment
 from tests.disks import mounted
 from tests.engine.ranks import Launched
 from tests.engine.runs import differences, final_state, pretrain_command, rows
@@ -24,15 +24,7 @@ SETTINGS = ("checkpoint.every_steps=3",)
 
 
 def command(config: Path, data: Path, output: Path, *settings: str) -> list[str]:
-    options = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
-    return pretrain_command(config, data, output, *options)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(TINY)
-    return path
+    return pretrain_command(config, data, output, settings=(*SETTINGS, *settings))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +74,16 @@ def test_time_counts_from_the_start_of_torchrun(launched: bool) -> None:
 def bound_by_permissions() -> None:
     """Give up what lets root write where permissions do not (CAP_DAC_OVERRIDE), for whatever is executed next."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def running(words: list[str], text: str) -> "subprocess.Popen[str]":
+    """A run that has come to say a line that begins so."""
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(text):
+            return process
+    pytest.fail(f"it ended without {text!r}")
 
 
 @contextlib.contextmanager
@@ -148,14 +150,11 @@ def test_a_log_on_a_disk_that_is_full(config: Path, images: Path, tmp_path: Path
 def test_two_runs_in_one_folder(config: Path, images: Path, tmp_path: Path) -> None:
     """The second one goes on from the first one's checkpoints, and the first ends when it comes to its next."""
     words = command(config, images, tmp_path / "run", "trainer.epochs=1000")
-    first = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
-    assert first.stderr is not None
-    for line in first.stderr:
-        if line.startswith("step 8/"):
-            break
+    first = running(words, "step 8/")
     with paused(first):
         done = call(*words[len(SYNCO_FAST) :], "--set", "trainer.max_hours=1e-9")
     assert done.code == 75, done.err
+    assert first.stderr is not None
     text = first.stderr.read()
     assert first.wait() == 1 and "another run writes there now (process " in text.splitlines()[-1], text
     step = final_state(tmp_path / "run")["step"]
@@ -179,15 +178,12 @@ def test_waiting_for_data(config: Path, images: Path, tmp_path: Path) -> None:
     """Files that never end, as on a file system that hangs: the process ends and says in what, and where."""
     data = shutil.copytree(images / "train", tmp_path / "data")
     words = command(config, data, tmp_path / "run", "trainer.stall_minutes=0.25", "trainer.epochs=1000")
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 1/"):
-            break
+    process = running(words, "step 1/")
     with paused(process):
         for path in data.rglob("*.jpg"):
             path.unlink()
             os.mkfifo(path)
+    assert process.stderr is not None
     said = process.stderr.read()
     assert process.wait() == 1, said
     assert "in waiting for data, for more than trainer.stall_minutes = 0.25" in said

@@ -18,16 +18,12 @@ STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(config: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one run from start to end."""
-    from tests.conftest import TINY
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = folder / "tiny.yaml"
-    config.write_text(TINY)
-    command = pretrain_command(config, images, folder / "run", "--set", "knn.every_epochs=2")
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    command = pretrain_command(config, images, output, settings=["knn.every_epochs=2"])
     subprocess.run(command, check=True, env=environment(), capture_output=True)
-    return folder / "run"
+    return output
 
 
 def check_same(output: Path, undisturbed: Path) -> None:
