@@ -244,6 +244,6 @@ def test_the_others_are_not_there(config: Path, images: Path, tmp_path: Path) ->
     """A process of two, alone: it says whom it waited for, and ends."""
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29731"}
     words = command(config, images, tmp_path / "run", "trainer.stall_minutes=0.02")
-    done = subprocess.run(words, env=environment() | alone, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(words, env=environment() | alone, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "error: rank 0 of 2 cannot join the others at 127.0.0.1:29731 (MASTER_ADDR, MASTER_PORT)" in done.stderr
